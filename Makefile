@@ -1,0 +1,70 @@
+# one command each, from a fresh checkout: `make generate` draws a controlled picture, `make test` runs the tests.
+# pip's own settings apply, e.g. PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS to choose a CPU or a CUDA build of torch.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# the pins are for Python 3.11 and later
+PINS = $$($(BIN)/python -c "import sys; print('-c constraints.txt' * (sys.version_info >= (3, 11)))")
+PIP = $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
+
+PROMPT ?= a red cube left of a small green ball on grass at noon
+CONTROL ?= canny=examples/canny.png
+SEED ?= 7
+OUT ?= out/generate.png
+COUNT ?= 1000
+RECIPE ?= recipes/toybox/control.yaml
+
+.PHONY: help generate test lint render train clean
+
+help:
+	@echo "make generate   draw a picture from PROMPT under CONTROL into OUT"
+	@echo "make test       run the tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make render     render COUNT scenes of the built-in world into data/toybox"
+	@echo "make train      train RECIPE"
+	@echo "make clean      remove builds and caches, keep the environment"
+
+$(BIN)/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'scaleweaver needs Python 3.10 or newer: make PYTHON=python3.11')"
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# torch goes first and alone: what comes later finds it present and cannot replace its build by another
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) torch==2.13.0
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.developer: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -e ".[dev,train]"
+	@touch $@ $(VENV)/.installed
+
+generate: $(VENV)/.installed
+	@$(BIN)/scaleweaver generate "$(PROMPT)" --control "$(CONTROL)" --seed $(SEED) --out "$(OUT)"
+
+test: $(VENV)/.developer
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# kernels/ and controls/ are scaleweaver.kernels and scaleweaver.controls to the type checker too
+build/types/scaleweaver:
+	mkdir -p $@
+	touch $@/__init__.py
+	ln -sfn ../../../kernels $@/kernels
+	ln -sfn ../../../controls $@/controls
+
+lint: $(VENV)/.developer build/types/scaleweaver
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy scaleweaver kernels controls
+
+render: $(VENV)/.installed
+	$(BIN)/scaleweaver render toybox --split train --count $(COUNT) --out data/toybox
+
+train: $(VENV)/.developer
+	$(BIN)/scaleweaver train $(RECIPE)
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

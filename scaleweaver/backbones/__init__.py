@@ -1,0 +1,1 @@
+"""Transformers that predict the tokens of a scale from all coarser ones."""

@@ -1,0 +1,187 @@
+"""The parts of a text-conditioned next-scale transformer block.
+
+Infinity: Scaling Bitwise AutoRegressive Modeling for High-Resolution Image Synthesis (arXiv 2412.04431).
+The residual stream, norms, attention scales and RoPE stay float32 whatever the dtype of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaleweaver.backbones.rope import Rope, rotate
+from scaleweaver.cache import KVCache
+from scaleweaver.contracts import Injector, Steps, TextContext
+from scaleweaver.kernels.attention import attend
+
+_MAX_LOG_SCALE = math.log(100)
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    """LN(x) * (1 + scale) + shift, the norm without weights; x (R, L, C), scale and shift (R, 1, C)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+def unit(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
+    """x along its last axis scaled to the given length."""
+    return x * (length / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12))
+
+
+class SelfAttention(nn.Module):
+    """Cosine attention: unit queries and keys, one learned temperature per head, no bias on keys."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.log_scale = nn.Parameter(torch.full((heads,), math.log(4)))
+        self.proj = nn.Linear(width, width)
+
+    def project(self, y: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """y (R, L, C) -> q, k, v (R, H, L, D); q and k normalised, q scaled, both rotated."""
+        qkv = self.qkv(y.to(self.q_bias.dtype))  # (R, L, 3C)
+        q, k, v = qkv.chunk(3, dim=-1)  # (R, L, C)
+        v = (v + self.v_bias.to(v.dtype)).unflatten(-1, (self.heads, -1))  # (R, L, H, D)
+        q = (q.float() + self.q_bias.float()).unflatten(-1, (self.heads, -1))  # (R, L, H, D)
+        k = k.float().unflatten(-1, (self.heads, -1))  # (R, L, H, D)
+        length = self.log_scale.float().clamp(max=_MAX_LOG_SCALE).exp()[:, None]  # (H, 1)
+        q, k = rotate(unit(q, length), rope), rotate(unit(k), rope)  # (R, L, H, D)
+        return q.to(v.dtype).transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2)  # (R, H, L, D)
+
+    def output(self, o: Tensor) -> Tensor:
+        """Attention result (R, H, L, D) -> (R, L, C)."""
+        return self.proj(o.transpose(1, 2).flatten(2))  # (R, L, C)
+
+
+class CrossAttention(nn.Module):
+    """Attention of image tokens to the prompt."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def keys_values(self, sequence: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed prompt tokens (sum of lengths, C) -> k, v of the same shape."""
+        k, v = self.kv(sequence).chunk(2, dim=-1)  # (sum, C)
+        return k, v + self.v_bias.to(v.dtype)
+
+    def forward(self, y: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """y (R, L, C), k and v (R, H, P, D), mask (R, 1, 1, P) -> (R, L, C)."""
+        q = self.q(y.to(self.v_bias.dtype)).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (R, H, L, D)
+        o, _ = attend(q, k, v, mask=mask, scale=q.shape[-1] ** -0.5)  # (R, H, L, D)
+        return self.proj(o.transpose(1, 2).flatten(2))  # (R, L, C)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with the tanh approximation of GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(y.to(self.fc1.bias.dtype)), approximate="tanh"))
+
+
+class TextPool(nn.Module):
+    """Attentive pooling of a prompt: one learned query per head, no query projection."""
+
+    def __init__(self, text_width: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(1, heads, width // heads))
+        self.kv = nn.Linear(text_width, 2 * width, bias=False)
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, features: Tensor, padding: Padding) -> Tensor:
+        """Packed features (sum of lengths, T) -> (R, C)."""
+        k, v = self.kv(features).chunk(2, dim=-1)  # (sum, C)
+        heads = self.query.shape[1]
+        k = padding.heads(k, heads)  # (R, H, P, D)
+        v = padding.heads(v + self.v_bias.to(v.dtype), heads)  # (R, H, P, D)
+        q = self.query.to(v.dtype).unsqueeze(2).expand(len(k), -1, -1, -1)  # (R, H, 1, D)
+        o, _ = attend(q, k, v, mask=padding.mask, scale=q.shape[-1] ** -0.5)  # (R, H, 1, D)
+        return self.proj(o.flatten(1))  # (R, C)
+
+
+class Padding:
+    """From packed rows of several lengths to a rectangle with zeros, and the mask of what is real."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.rows, self.longest = len(lengths), max(lengths)
+        self.mask: Tensor | None = None
+        if min(lengths) < self.longest:
+            real = torch.arange(self.longest) < torch.tensor(lengths)[:, None]  # (R, P)
+            self._index = real.flatten().nonzero()[:, 0].to(device)  # (sum,)
+            self.mask = real[:, None, None].to(device)  # (R, 1, 1, P)
+
+    def heads(self, packed: Tensor, heads: int) -> Tensor:
+        """(sum of lengths, C) -> (R, H, P, D)."""
+        if self.mask is not None:
+            packed = packed.new_zeros(self.rows * self.longest, packed.shape[1]).index_copy(0, self._index, packed)
+        return packed.view(self.rows, self.longest, heads, -1).transpose(1, 2)  # (R, H, P, D)
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward under shared AdaLN, an ungated cross-attention between them."""
+
+    def __init__(self, width: int, heads: int, hidden: int, eps: float = 1e-6, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.eps = eps
+        self.drop_path = drop_path
+        self.modulation = nn.Parameter(torch.zeros(1, 1, 6, width))
+        self.attn = SelfAttention(width, heads)
+        self.cross_norm = nn.LayerNorm(width, eps=eps)
+        self.cross = CrossAttention(width, heads)
+        self.ffn = FeedForward(width, hidden)
+
+    def gates(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """Shared AdaLN output (R, 1, 6, C) -> gamma1, gamma2, scale1, scale2, shift1, shift2, each (R, 1, C)."""
+        return (modulation + self.modulation).unbind(2)
+
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        steps: Steps,
+        rope: Rope,
+        text: TextContext,
+        cache: KVCache,
+        injectors: Sequence[Injector] = (),
+    ) -> Tensor:
+        """x (R, L, C) float32 -> the same shape; `layer` names this block to the cache and the injectors."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = self.gates(text.modulation)
+        q, k, v = self.attn.project(modulate(x, scale1, shift1, self.eps), rope)  # (R, H, L, D)
+        wants_lse = any(injector.needs_lse(layer) for injector in injectors)
+        attended, lse = cache.attend(layer, steps, q, k, v, return_lse=wants_lse)  # (R, H, L, D)
+        inside, outside = [], []
+        for injector in injectors:
+            attended, before_gate, after_gate = injector.inject(layer, steps, q, attended, lse)
+            inside += [] if before_gate is None else [before_gate]
+            outside += [] if after_gate is None else [after_gate]
+        x = torch.addcmul(x, self._drop(gamma1), sum(inside, self.attn.output(attended)))
+        x = sum(outside, x)
+        x = x + self.cross(self._cross_norm(x), text.keys[layer], text.values[layer], text.mask)
+        return torch.addcmul(x, self._drop(gamma2), self.ffn(modulate(x, scale2, shift2, self.eps)))
+
+    def _cross_norm(self, x: Tensor) -> Tensor:
+        norm = self.cross_norm
+        return F.layer_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+    def _drop(self, gamma: Tensor) -> Tensor:
+        """Stochastic depth: a row's whole branch goes with probability `drop_path`; closing its gate does that."""
+        if not self.training or self.drop_path == 0:
+            return gamma
+        kept = torch.rand(len(gamma), 1, 1, device=gamma.device) >= self.drop_path
+        return gamma * kept / (1 - self.drop_path)

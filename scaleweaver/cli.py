@@ -1,0 +1,382 @@
+"""The `scaleweaver` command: the Python API under the same parameter names.
+
+Commands import what they need when they run, so that `scaleweaver --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
+
+import typer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+P = ParamSpec("P")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+app = typer.Typer(
+    name="scaleweaver",
+    help="Draw pictures scale by scale, under control.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+convert = typer.Typer(help="Turn a foreign checkpoint into a folder that from_pretrained reads.", no_args_is_help=True)
+app.add_typer(convert, name="convert")
+
+
+def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """What the library refuses becomes one red line and exit code 1; anything else is a bug and keeps its traceback."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            from rich.console import Console
+
+            line = " ".join(str(error).split()) or type(error).__name__
+            Console(stderr=True, soft_wrap=True).print(f"error: {line}", style="red", markup=False, highlight=False)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from scaleweaver import __version__
+
+        typer.echo(f"scaleweaver {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@_one_line_errors
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; quote each prompt.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="toybox, a Hub id or a folder.")] = "toybox",
+    control: Annotated[
+        list[str] | None, typer.Option("--control", "-c", metavar="KIND=PATH", help="A control image; repeatable.")
+    ] = None,
+    control_scale: Annotated[
+        list[float] | None, typer.Option(help="Strength: once for all controls, or once for each.")
+    ] = None,
+    preprocess: Annotated[
+        bool, typer.Option("--preprocess", help="The control images are photos: make the maps from them.")
+    ] = False,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Image i is drawn with seed + i; default: a new one.")] = None,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Images per prompt.")] = 1,
+    height: Annotated[int | None, typer.Option(min=1, help="In pixels; default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="In pixels; default: the model's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="How closely to follow the prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Above 1 is bolder, below 1 safer.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Keep the k likeliest values of a code; 0: all.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Keep the likeliest values up to p; 0: all.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A picture file, or a folder.")] = Path("out"),
+    previews: Annotated[bool, typer.Option("--previews", help="Also write the picture after every scale.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Number format of the networks.")] = "auto",
+) -> None:
+    """Draw pictures from prompts, with or without control images."""
+    files = _control_files(control or [], control_scale or [])
+    started = time.perf_counter()
+    pipe = _load(model, device, dtype)
+    loaded = time.perf_counter()
+
+    strips: list[list[Image.Image]] = []
+
+    def keep_previews(pipe: Any, index: int, step: Any, values: dict[str, Any]) -> None:
+        strips.append(values["preview"]())
+
+    chosen = {
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+        "guidance_scale": guidance_scale,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    from scaleweaver.contracts import Control
+
+    side = min(height, width) if height and width else None
+    controls = [
+        Control(kind, _map_of_photo(pipe, kind, path, side) if preprocess else path, scale=strength)
+        for kind, path, strength in files
+    ]
+    result = pipe(
+        prompts if len(prompts) > 1 else prompts[0],
+        control=controls or None,
+        num_images_per_prompt=num_images,
+        seed=seed,
+        callback_on_step_end=keep_previews if previews else None,
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    drawn = time.perf_counter()
+
+    each = [prompt for prompt in prompts for _ in range(num_images)]
+    paths = _output_files(out, each, result.seeds)
+    for row, (file, image) in enumerate(zip(paths, result.images, strict=True)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file)
+        typer.echo(str(file))
+        if previews:
+            strip = file.with_name(f"{file.stem}-scales.png")
+            _strip([images[row] for images in strips]).save(strip)
+            typer.echo(str(strip))
+    pictures = "picture" if len(paths) == 1 else "pictures"
+    typer.echo(f"{len(paths)} {pictures} in {drawn - loaded:.1f} s, after {loaded - started:.1f} s of loading")
+
+
+def _control_files(named: Sequence[str], scales: Sequence[float]) -> list[tuple[str, str, float]]:
+    """(kind, path, strength) of every `--control`, checked before any network is loaded."""
+    if len(scales) not in (0, 1, len(named)) or (scales and not named):
+        raise ValueError(
+            f"{len(scales)} times --control-scale for {len(named)} times --control; pass one for all or one for each"
+        )
+    strengths = list(scales) * len(named) if len(scales) == 1 else list(scales) or [1.0] * len(named)
+    files = []
+    for entry, strength in zip(named, strengths, strict=True):
+        kind, _, path = entry.partition("=")
+        if not kind or not path:
+            raise ValueError(f"--control {entry!r} is not KIND=PATH; write for example --control canny=edges.png")
+        if not Path(path).is_file():
+            raise ValueError(f"--control {entry!r}: there is no file {path!r}; check the path")
+        files.append((kind, path, strength))
+    return files
+
+
+def _map_of_photo(pipe: Any, name: str, path: str, side: int | None) -> Any:
+    """The map of a photo, made as this control's training maps were: same detector, thresholds and size."""
+    if name not in pipe.controls:
+        return path  # the pipeline's own message names what is loaded
+    from PIL import Image
+
+    from scaleweaver.images import read_image
+
+    config = pipe.controls[name].config
+    detect = _detector(config.kind, **dict(zip(("low", "high"), config.thresholds, strict=False)))
+    photo = read_image(path, f"control {name!r}")
+    side = side or config.resolution
+    if side:  # the short side; the pipeline crops the rest
+        factor = side / min(photo.size)
+        photo = photo.resize((round(photo.width * factor), round(photo.height * factor)), Image.Resampling.LANCZOS)
+    return detect(photo)
+
+
+def _detector(kind: str, **settings: float) -> Callable[[Any], Image.Image]:
+    """The preprocessor that makes maps of this kind."""
+    from scaleweaver.controls import Canny
+
+    detectors: dict[str, Callable[..., Callable[[Any], Image.Image]]] = {"canny": Canny}
+    if kind not in detectors:
+        raise ValueError(f"no preprocessor makes {kind!r} maps; there is {', '.join(detectors)}; or pass a ready map")
+    return detectors[kind](**settings)
+
+
+def _load(model: str, device: str, dtype: str) -> Any:
+    import torch
+
+    from scaleweaver import VARControlPipeline
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    pipe = VARControlPipeline.from_pretrained(model, dtype=dtype).to(device)
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    return pipe
+
+
+def _output_files(out: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
+    """One path per image: `out` itself, numbered when there are several, or prompt and seed in the folder `out`."""
+    if out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+        if len(seeds) == 1:
+            return [out]
+        return [out.with_name(f"{out.stem}-{row}{out.suffix}") for row in range(len(seeds))]
+    names = [re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "picture" for prompt in prompts]
+    return [out / f"{name}-{seed}.png" for name, seed in zip(names, seeds, strict=True)]
+
+
+def _strip(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures side by side, coarse to fine."""
+    from PIL import Image
+
+    width, height = images[-1].size
+    strip = Image.new("RGB", (width * len(images), height))
+    for column, image in enumerate(images):
+        strip.paste(image.resize((width, height), Image.Resampling.BICUBIC), (column * width, 0))
+    return strip
+
+
+@app.command()
+@_one_line_errors
+def preprocess(
+    kind: Annotated[str, typer.Argument(help="Kind of map: canny.")],
+    image: Annotated[Path, typer.Argument(help="The photo.")],
+    out: Annotated[Path, typer.Argument(help="Where the map goes.")],
+    low: Annotated[float, typer.Option(min=0, help="Lower threshold of canny.")] = 100,
+    high: Annotated[float, typer.Option(min=0, help="Upper threshold of canny.")] = 200,
+) -> None:
+    """Make a control map from a photo."""
+    detect = _detector(kind, low=low, high=high)
+    edges = detect(str(image))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    edges.save(out)
+    typer.echo(str(out))
+
+
+@app.command()
+@_one_line_errors
+def inspect(
+    image: Annotated[Path, typer.Argument(help="A picture that scaleweaver has drawn.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the prompt, seed and settings that a picture carries, and the Python that draws it again."""
+    from scaleweaver.metadata import read_settings
+
+    settings = read_settings(image)
+    if as_json:
+        typer.echo(json.dumps(settings, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in settings.items():
+        table.add_row(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    typer.echo("\n" + python_of(settings))
+
+
+def python_of(settings: dict[str, Any]) -> str:
+    """The Python call that these settings stand for; a picture keeps no control images, so it names files to put."""
+    controls = settings.get("control", [])
+    names = "Control, VARControlPipeline" if controls else "VARControlPipeline"
+    lines = [
+        f"from scaleweaver import {names}",
+        "",
+        f"pipe = VARControlPipeline.from_pretrained({settings.get('model', 'toybox')!r})",
+    ]
+    # parts that were given as objects are known by their names only
+    lines += [f"# drawn with {name}={settings[name]}" for name in ("cache", "search") if name in settings]
+    lines += ["out = pipe(", f"    {settings.get('prompt', '')!r},"]
+    for name, value in settings.items():
+        if name not in ("model", "prompt", "control", "cache", "search"):
+            lines.append(f"    {name}={value!r},")
+    if controls:
+        lines.append("    control=[")
+        for control in controls:
+            words = [f"{name}={control[name]!r}" for name in ("scale", "start", "end", "resize") if name in control]
+            words += ['mask="mask.png"'] if control.get("masked") else []
+            lines.append(f"        Control({control['kind']!r}, {control['kind'] + '.png'!r}, {', '.join(words)}),")
+        lines.append("    ],")
+    return "\n".join([*lines, ")"])
+
+
+@app.command()
+@_one_line_errors
+def render(
+    world: Annotated[str, typer.Argument(help="The world to render: toybox.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")],
+    split: Annotated[str, typer.Option(help="train, val, test or heldout.")] = "train",
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of pictures.")] = 1000,
+    start: Annotated[int, typer.Option(min=0, help="Index of the first one: a picture is a function of it.")] = 0,
+    size: Annotated[int, typer.Option(min=16, help="Width and height in pixels.")] = 128,
+    shards: Annotated[bool, typer.Option("--shards", help="Write tar files in place of single ones.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that render beside this one.")] = 0,
+) -> None:
+    """Render the built-in world: pictures with captions and exact control maps. Goes on where it was stopped."""
+    if world != "toybox":
+        raise ValueError(f"there is no world {world!r}; the built-in one is called toybox")
+    from scaleweaver.toybox.folder import write_folder
+
+    started = time.perf_counter()
+    rendered = write_folder(out, split, count, start=start, size=size, shards=shards, workers=workers)
+    typer.echo(f"{out}: {count} pictures, {rendered} rendered now, in {time.perf_counter() - started:.1f} s")
+
+
+@app.command()
+@_one_line_errors
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/toybox/control.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable.")
+    ] = None,
+) -> None:
+    """Train what a recipe describes, or go on where its run was stopped."""
+    import yaml
+
+    from scaleweaver.train import run
+
+    settings: dict[str, Any] = {}
+    for entry in overrides or []:
+        key, equals, value = entry.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--set {entry!r} is not KEY=VALUE; write for example --set steps=200")
+        settings[key] = yaml.safe_load(value)
+    typer.echo(str(run(recipe, settings)))
+
+
+@convert.command("infinity")
+@_one_line_errors
+def convert_infinity(
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    transformer: Annotated[Path, typer.Option(help="Transformer checkpoint, for example infinity_2b_reg.pth.")],
+    vae: Annotated[Path, typer.Option(help="Tokenizer checkpoint, for example infinity_vae_d32reg.pth.")],
+    text_encoder: Annotated[str, typer.Option(help="Hub id or folder of the T5 encoder.")] = "google/flan-t5-xl",
+) -> None:
+    """Infinity (125M, 2B, 8B) and its bitwise tokenizers."""
+    from scaleweaver.convert.infinity import convert_infinity as convert_checkpoint
+
+    convert_checkpoint(transformer=transformer, vae=vae, text_encoder=text_encoder, out=out)
+    typer.echo(str(out))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say what this installation can do, what is missing, and the command that gets it."""
+    from dataclasses import asdict
+
+    from scaleweaver.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        marks = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("problem", "red")}
+        table = Table("", "", "found", "to do", box=None)
+        for finding in findings:
+            mark, color = marks[finding.status]
+            table.add_row(mark, finding.name, finding.found, finding.fix, style=color)
+        Console(markup=False, highlight=False).print(table)
+    if any(finding.status == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

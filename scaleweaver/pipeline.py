@@ -1,0 +1,479 @@
+"""VARControlPipeline: prompts and control images in, pictures out.
+
+A diffusers pipeline: components in folders, `to`, offloading, sharded saving and progress bars are diffusers' own. Its
+names are kept where the meaning is the same; where diffusers has a step, there is a scale.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
+
+from scaleweaver.adapters import load_control, lora_detached, remove_control, save_control
+from scaleweaver.backbones.infinity import InfinityTransformer
+from scaleweaver.conditions import build, check_prompts, encode_prompts, make_generators
+from scaleweaver.contracts import (
+    CachePolicy,
+    Conditions,
+    Control,
+    Router,
+    Sampler,
+    SamplerState,
+    Search,
+    TextFeatures,
+)
+from scaleweaver.control_images import (
+    EncodedControl,
+    control_strengths,
+    encode_pictures,
+    first_size,
+    make_injector,
+    read_controls,
+)
+from scaleweaver.hub import locate, locate_control, model_card, upload
+from scaleweaver.loop import SingleModel, generate
+from scaleweaver.metadata import write_settings
+from scaleweaver.methods.scaleweaver import ControlAdapter
+from scaleweaver.request import (
+    Lineage,
+    Numbers,
+    Request,
+    check_call,
+    read_features,
+    read_guidance,
+    read_numbers,
+    read_prompts,
+    read_schedule,
+)
+from scaleweaver.sampling import BitwiseSampler
+from scaleweaver.schedule import ScaleSchedule, ScaleStep
+from scaleweaver.tokenizers.bsq import BSQTokenizer
+
+Callback = Callable[["VARControlPipeline", int, ScaleStep, dict[str, Any]], Any]
+
+
+@dataclass
+class VARPipelineOutput(BaseOutput):
+    """Images in the asked form, prompt by prompt, and what made them.
+
+    images: list of PIL pictures, np (B, H, W, 3) or pt (B, 3, H, W) in [0, 1], or the latent (B, d, Hl, Wl). seeds: one
+    per image, which makes it again on its own. codes: per scale (B, n, N) uint8. settings: per image, as in its file.
+    """
+
+    images: Any
+    seeds: list[int]
+    latent: Tensor
+    codes: list[Tensor]
+    settings: list[dict[str, Any]]
+
+
+class VARControlPipeline(DiffusionPipeline):
+    """Text to image by next-scale prediction, with any number of control images.
+
+    `schedule` says which grids a picture is built from: `ScaleSchedule.to_dict()` for a model of one size, or
+    {"family": "infinity", "budget": "1M"} for the aspect-ratio templates. The other numbers are the defaults of a call.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
+
+    def __init__(
+        self,
+        transformer: InfinityTransformer,
+        vae: BSQTokenizer,
+        text_encoder: T5EncoderModel | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        schedule: dict[str, Any] | None = None,
+        guidance_scale: float | list[float] = 3.0,
+        temperature: float | list[float] = 0.5,
+        top_k: int = 0,
+        top_p: float = 0.97,
+    ) -> None:
+        super().__init__()
+        if vae.target.width != transformer.config["bits"]:
+            raise ValueError(
+                f"the tokenizer has {vae.target.width} bits per token, the transformer {transformer.config['bits']};"
+                " pass a pair that was trained together"
+            )
+        self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_to_config(
+            schedule=schedule or {"family": "infinity", "budget": "1M"},
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        self.controls: dict[str, ControlAdapter] = {}
+        self._card: str | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        control: Mapping[str, Any] | Control | Sequence[Control] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: Numbers | None = None,
+        control_guidance_scale: Numbers | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        temperature: Numbers | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        schedule: ScaleSchedule | Mapping[str, Any] | None = None,
+        cache: CachePolicy | None = None,
+        router: Router | None = None,
+        sampler: Sampler | None = None,
+        search: Search | None = None,
+        prompt_embeds: Tensor | Sequence[Tensor] | TextFeatures | None = None,
+        forced: Sequence[Tensor] | None = None,
+        stop_after: int | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callback | None = None,
+        return_dict: bool = True,
+    ) -> VARPipelineOutput | tuple[Any, ...]:
+        """Draw pictures; what is left out comes from the model's config.
+
+        control: {"canny": image}, a Control or a list of them; an image may be an EncodedControl, or a list with one
+        per prompt. guidance_scale, temperature: one number or one per scale. control_guidance_scale: weigh controls
+        apart from the text. seed: image i gets seed + i, or a list. cache, router, sampler, search: parts of the loop,
+        see contracts.py. forced: codes (B, n, N) of leading scales. stop_after: number of scales to draw.
+        callback_on_step_end(pipe, index, step, {"latent", "preview"}): after every scale; preview() decodes pictures.
+        """
+        # the plan: a mistake of the caller shows before any network runs
+        values = read_numbers(self.config, guidance_scale, control_guidance_scale, temperature, top_k, top_p)
+        check_call(num_images_per_prompt, output_type, callback_on_step_end)
+        controls = read_controls(control, self.controls)
+        plan = self._plan(schedule, height, width, first_size(controls))
+        guidance = read_guidance(values, len(plan), bool(controls))
+        sampler = sampler or BitwiseSampler(values["temperature"], values["top_k"], values["top_p"])
+        texts = read_prompts(prompt, prompt_embeds)
+        generators = make_generators(seed, len(texts) * num_images_per_prompt, generator=generator)
+        request = Request(plan, guidance, texts, generators, num_images_per_prompt, controls)
+
+        # conditions: all that does not depend on drawn tokens
+        text = read_features(prompt_embeds) if prompt is None else self.encode_prompt(prompt)
+        negative = None if negative_prompt is None else self.encode_prompt(negative_prompt, "negative_prompt")
+        encoded = [(item, self._encode(item, plan)) for item in controls if any(control_strengths(item, plan))]
+        conditions_for = partial(self._conditions, request, text, negative, encoded)
+        router = router or SingleModel(self.transformer)
+        conditions = conditions_for(router.route(plan.steps[0]).backbone)
+
+        lineage = Lineage(search, len(generators))
+        with self.progress_bar(total=stop_after or len(plan)) as bar:
+            follower = _Follower(self, bar, callback_on_step_end)
+            drawn = generate(
+                conditions, plan, router=router, target=self.vae.target, guidance=guidance, sampler=sampler,
+                search=lineage if search else None, policy=cache, forced=forced, stop_after=stop_after,
+                on_scale=follower, conditions_for=conditions_for,
+            )  # fmt: skip
+
+        # pictures, each with the settings that make it again
+        values |= {"model": self.config.get("_name_or_path"), "stop_after": stop_after}
+        values |= {"schedule": None if schedule is None else plan.to_dict()}
+        values |= {name: part and repr(part) for name, part in (("cache", cache), ("search", search))}
+        settings = [
+            request.settings(image, {**values, "seed": one.initial_seed()}, negative_prompt)
+            for image, one in zip(lineage.origins, follower.generators, strict=True)
+        ]
+        latent, codes = drawn.latent.clone(), [scale.clone() for scale in drawn.codes]  # ordinary tensors again
+        images = self._finish(latent, output_type, settings)
+        self.maybe_free_model_hooks()
+        result = VARPipelineOutput(images, [entry["seed"] for entry in settings], latent, codes, settings)
+        return result if return_dict else result.to_tuple()
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | Sequence[str], name: str = "prompt") -> TextFeatures:
+        """Text features of prompts, reusable as `prompt_embeds`."""
+        texts = check_prompts(prompt, name)
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError(f"this pipeline has no text encoder, so {name} cannot be read; pass prompt_embeds")
+        return encode_prompts(texts, self.tokenizer, self.text_encoder, self.transformer.config["text_length"])
+
+    @torch.no_grad()
+    def encode_control(
+        self,
+        image: Any,
+        kind: str,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        schedule: ScaleSchedule | None = None,
+        resize: str = "crop",
+    ) -> EncodedControl:
+        """The control image (or a list, one per prompt) ready for any number of calls: `control={kind: encoded}`."""
+        control = read_controls(Control(kind, image, resize=resize), self.controls)[0]
+        return self._encode(control, self._plan(schedule, height, width, first_size([control])))
+
+    @torch.no_grad()
+    def preview(self, latent: Tensor) -> list[Image.Image]:
+        """Pictures of a latent (B, d, Hl, Wl), finished or after any scale."""
+        return _to_pil(self._decode(latent))
+
+    @property
+    def available_controls(self) -> tuple[str, ...]:
+        """Names that `control=` takes."""
+        return tuple(self.controls)
+
+    def load_control(
+        self,
+        source: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> str:
+        """Add a control from a folder or Hub repository under `name`, by default its kind; returns the name."""
+        folder, kind = locate_control(
+            source, name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        name = name or kind
+        if name in self.controls:
+            raise ValueError(f'control "{name}" is already loaded; pass another name= or call unload_control first')
+        self.controls[name] = load_control(folder, self.transformer, name)
+        return name
+
+    def unload_control(self, name: str) -> None:
+        """Remove a control and its LoRA from the backbone."""
+        if name not in self.controls:
+            raise ValueError(f'control "{name}" is not loaded; there is {", ".join(self.controls) or "none"}')
+        remove_control(self.transformer, name)
+        del self.controls[name]
+
+    def to(self, *args: Any, **kwargs: Any) -> VARControlPipeline:
+        """Move to a device or dtype, controls included."""
+        super().to(*args, **kwargs)
+        for adapter in self.controls.values():
+            adapter.to(self.transformer.code_embed.weight)
+        return self
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        **kwargs: Any,
+    ) -> VARControlPipeline:
+        """Load "toybox", a folder or a Hub repository, with the controls it holds.
+
+        dtype: float32 unless given; "auto" is `auto_dtype()`. The other keywords are diffusers' own: ready components
+        (`vae=...`), call defaults (`guidance_scale=...`), `device_map`, `variant`, ...
+        """
+        if dtype is not None and torch_dtype is not None:
+            raise ValueError("dtype and torch_dtype were both given; pass dtype alone, torch_dtype is its old name")
+        precision = read_dtype(dtype if torch_dtype is None else torch_dtype)
+        folder = locate(
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        pipe: VARControlPipeline = super().from_pretrained(str(folder), dtype=precision, **kwargs)
+        pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
+        for config in sorted((folder / "controls").glob("*/control_config.json")):
+            pipe.controls[config.parent.name] = load_control(config.parent, pipe.transformer, config.parent.name)
+        card = folder / "README.md"
+        pipe._card = card.read_text(encoding="utf-8") if card.is_file() else None
+        return pipe
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str | None = None,
+        variant: str | None = None,
+    ) -> None:
+        """Write model_index.json, a folder per component, controls/<name>/ and a model card; weights as safetensors."""
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"{os.fspath(save_directory)!r} is a file; pass a folder")
+        with lora_detached(self.transformer):  # the controls' LoRA goes into their own folders
+            super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
+        for name, adapter in self.controls.items():
+            save_control(folder / "controls" / name, self.transformer, adapter, name)
+        card = folder / "README.md"
+        if not card.exists():
+            card.write_text(self._card or self._new_card(folder.name), encoding="utf-8")
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload VARControlPipeline",
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        variant: str | None = None,
+    ) -> str:
+        """Save to a Hub repository, made if it is not there; returns the address of the commit."""
+        with tempfile.TemporaryDirectory() as folder:
+            if self._card is None:
+                (Path(folder) / "README.md").write_text(self._new_card(repo_id), encoding="utf-8")
+            self.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
+            return upload(
+                folder, repo_id, private=private, token=token, commit_message=commit_message, create_pr=create_pr
+            )
+
+    def _new_card(self, name: str) -> str:
+        plan = self._plan(None, None, None, None)
+        parameters = sum(p.numel() for p in self.transformer.parameters())
+        return model_card(
+            name, height=plan.height, width=plan.width, parameters=parameters, controls=tuple(self.controls)
+        )
+
+    def _plan(
+        self,
+        schedule: ScaleSchedule | Mapping[str, Any] | None,
+        height: int | None,
+        width: int | None,
+        control_size: tuple[int, int] | None,
+    ) -> ScaleSchedule:
+        """`read_schedule`, checked against what the networks can do."""
+        plan = read_schedule(schedule, self.config["schedule"], height, width, control_size)
+        stride = self.vae.config["stride"] * self.vae.config["patch"]
+        if plan.stride != stride or len(plan) > self.transformer.config["max_scales"]:
+            raise ValueError(
+                f"the schedule has {len(plan)} scales and {plan.stride} pixels per token; this model reads up to"
+                f" {self.transformer.config['max_scales']} scales of {stride} pixels per token"
+            )
+        return plan
+
+    def _encode(self, control: Control, plan: ScaleSchedule) -> EncodedControl:
+        if isinstance(control.image, EncodedControl):
+            return control.image
+        adapter = self.controls[control.kind].to(self._execution_device)
+        _onload(self.vae)
+        latent = encode_pictures(control, plan, self.vae)
+        _onload(self.transformer)
+        return EncodedControl.make(control.kind, latent, plan, self.transformer, self.vae.target, adapter)
+
+    def _conditions(
+        self,
+        request: Request,
+        text: TextFeatures,
+        negative: TextFeatures | None,
+        encoded: Sequence[tuple[Control, EncodedControl]],
+        network: Any,
+    ) -> Conditions:
+        """Conditions of one network; controls act on the backbone they were trained on and on no other."""
+        _onload(network)
+        made = build(
+            network,
+            text,
+            generators=request.generators,
+            branches=request.guidance.branches,
+            images_per_prompt=request.images_per_prompt,
+            negative=negative,
+        )
+        if network is self.transformer:
+            make = partial(
+                make_injector,
+                text=made.text,
+                schedule=request.plan,
+                sees_control=request.guidance.sees_control,
+                images_per_prompt=request.images_per_prompt,
+            )
+            made.injectors = tuple(
+                make(control, one, network, self.vae.target, self.controls[control.kind].to(made.text.pooled.device))
+                for control, one in encoded
+            )
+        return made
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        """Latents (B, d, Hl, Wl) -> pictures (B, 3, H, W) in [0, 1]; one at a time, so a batch changes nothing."""
+        _onload(self.vae)
+        latent = latent.to(self.vae.device)
+        return torch.cat([self.vae.decode(row) for row in latent.split(1)]) / 2 + 0.5
+
+    def _finish(self, latent: Tensor, output_type: str, settings: Sequence[dict[str, Any]]) -> Any:
+        if output_type == "latent":
+            return latent
+        pictures = self._decode(latent)  # (B, 3, H, W)
+        if output_type == "pt":
+            return pictures
+        if output_type == "np":
+            return pictures.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+        return [write_settings(image, entry) for image, entry in zip(_to_pil(pictures), settings, strict=True)]
+
+
+class _Follower:
+    """Called after every scale: moves the progress bar, calls back, and remembers whose random streams are left."""
+
+    def __init__(self, pipe: VARControlPipeline, bar: Any, callback: Callback | None) -> None:
+        self.pipe, self.bar, self.callback = pipe, bar, callback
+        self._state: SamplerState | None = None
+
+    def __call__(self, step: ScaleStep, state: SamplerState) -> None:
+        self._state = state
+        self.bar.update()
+        if self.callback is not None:
+            # bound now: later scales change the state
+            seen = {"latent": state.latent, "preview": partial(self.pipe.preview, state.latent)}
+            self.callback(self.pipe, step.index, step, seen)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """One per image of the finished run."""
+        return self._state.generators if self._state else []
+
+
+def auto_dtype() -> torch.dtype:
+    """What dtype="auto" means here: bfloat16 where the hardware multiplies in it, float32 elsewhere."""
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu.get_capabilities()
+        fast = bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """A dtype from its name, "auto" or None (float32)."""
+    if dtype is None:
+        return torch.float32
+    if dtype == "auto":
+        return auto_dtype()
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f'dtype={dtype!r}; pass torch.float32, torch.bfloat16, torch.float16 or "auto"')
+    return found
+
+
+def _to_pil(pictures: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [0, 1] -> RGB images."""
+    levels = pictures.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+    return [Image.fromarray(image) for image in levels]
+
+
+def _onload(module: Any) -> None:
+    """Bring an offloaded component to its device: offloading hooks `forward` alone, and other methods run too."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)

@@ -1,0 +1,258 @@
+"""Attention of generated tokens to reference tokens that were computed once: the primitive behind control.
+
+A `ReferenceBank` holds the keys and values of a reference (a control image) for every scale; a `ReferenceInjector`
+lets the image queries of chosen layers read them, with a softmax of their own ("separate") or in one softmax with the
+image's own history ("joint"). Joint attention is the merge of the two results weighted by their log-sum-exp, so both
+fusions run the same two attentions:
+
+    separate   X <- X + gamma1 (Wo O_self + s Z O_ref)
+    joint      X <- X + gamma1 Wo ((1 - w) O_self + w O_ref),   w = sigmoid(lse_ref + log s - lse_self)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scaleweaver.contracts import Injection, Steps
+from scaleweaver.kernels.attention import attend, merge
+from scaleweaver.masks import scale_mask
+from scaleweaver.schedule import ScaleSchedule
+
+Fusion = Literal["separate", "joint"]
+Scope = Literal["same", "causal"]
+Position = Literal["before_gate", "after_gate"]
+
+
+class ReferenceReader(Protocol):
+    """How the image reads a reference: the trained part that an injector needs."""
+
+    @property
+    def fusion(self) -> Fusion: ...
+
+    @property
+    def scope(self) -> Scope: ...
+
+    @property
+    def z_position(self) -> Position: ...
+
+    def project(self, layer: int, attended: Tensor) -> Tensor:
+        """Attention result (R, H, L, D) -> what the residual stream receives (R, L, C)."""
+        ...
+
+
+def active(index: int, scales: int, start: float = 0.0, end: float = 1.0) -> bool:
+    """Whether scale `index` of `scales` lies in the window, by the rule of diffusers' `control_guidance_start/end`."""
+    return not (index / scales < start or (index + 1) / scales > end)
+
+
+def strengths(
+    scale: float | Sequence[float], scales: int, *, start: float = 0.0, end: float = 1.0
+) -> tuple[float, ...]:
+    """One strength per scale of the schedule, zero outside the window."""
+    values = [float(scale)] * scales if isinstance(scale, (int, float)) else [float(value) for value in scale]
+    if len(values) != scales:
+        raise ValueError(f"control scale has {len(values)} values for {scales} scales; pass one number or {scales}")
+    if not 0 <= start <= end <= 1:
+        raise ValueError(f"control window start={start}, end={end}: expected 0 <= start <= end <= 1")
+    if min(values) < 0:
+        raise ValueError(f"control scale {min(values)} is negative; pass 0 (off) or more")
+    return tuple(value if active(index, scales, start, end) else 0.0 for index, value in enumerate(values))
+
+
+def token_mask(mask: Tensor, schedule: ScaleSchedule) -> Tensor:
+    """Soft spatial mask (B, 1, height, width) in 0..1 -> weight of every token (B, T), averaged over its area."""
+    if mask.ndim != 4 or mask.shape[1] != 1:
+        raise ValueError(f"control mask of shape {tuple(mask.shape)}: expected (B, 1, height, width)")
+    grids = [F.interpolate(mask.float(), size=(step.h, step.w), mode="area").flatten(1) for step in schedule.steps]
+    return torch.cat(grids, dim=1)  # (B, T)
+
+
+@dataclass(frozen=True)
+class ReferenceBank:
+    """Keys and values (Bc, H, T, D) of all T tokens of a schedule, per layer; one row serves any number of images."""
+
+    keys: Mapping[int, Tensor]
+    values: Mapping[int, Tensor]
+    schedule: ScaleSchedule
+
+    @property
+    def rows(self) -> int:
+        """Bc, the number of different references."""
+        return next(iter(self.values.values())).shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.values.values())).device
+
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(x.nbytes for part in (self.keys, self.values) for x in part.values())
+
+    def select_rows(self, rows: Tensor) -> ReferenceBank:
+        """The bank for other rows (R',) int64; a bank of one row serves them all and is not copied."""
+        if self.rows == 1:
+            return self
+        rows = rows.to(self.device)
+        keys = {layer: k[rows] for layer, k in self.keys.items()}
+        return replace(self, keys=keys, values={layer: v[rows] for layer, v in self.values.items()})
+
+    def to(self, device: torch.device | str) -> ReferenceBank:
+        """The bank on another device."""
+        keys = {layer: k.to(device) for layer, k in self.keys.items()}
+        return replace(self, keys=keys, values={layer: v.to(device) for layer, v in self.values.items()})
+
+    def read(self, layer: int, steps: Steps, scope: Scope) -> tuple[Tensor, Tensor]:
+        """Keys and values (Bc, H, K, D) that `steps` may see: their own scales, or all up to them."""
+        start, stop = (steps[0].start if scope == "same" else 0), steps[-1].start + steps[-1].n
+        return self.keys[layer][:, :, start:stop], self.values[layer][:, :, start:stop]
+
+    def check(self, steps: Steps) -> None:
+        """The picture must have the grids that the reference was encoded for."""
+        for step in steps:
+            known = self.schedule.grids[step.index] if step.index < len(self.schedule.grids) else None
+            if known != (step.h, step.w):
+                raise ValueError(
+                    f"the control was encoded for a {self.schedule.height}x{self.schedule.width} picture, where scale "
+                    f"{step.index} is {known}, not {(step.h, step.w)} as here; encode the control for this size"
+                )
+
+
+def reference_mask(steps: Steps, scope: Scope, device: torch.device) -> Tensor | None:
+    """Who of the tokens of `steps` sees which key of `ReferenceBank.read`: bool (L, K), or None when all see all."""
+    if len(steps) == 1:
+        return None
+    if scope == "same":
+        return scale_mask(steps, "same_scale", device=device)
+    return scale_mask(steps, "block_causal", steps[0].start, device)
+
+
+class ReferenceInjector:
+    """Reads one bank inside the self-attention of the bank's layers; implements `contracts.Injector`.
+
+    strengths: one number per scale (see the function of that name). sees_control: which guidance branches read the
+    control. mask (1 | images, 1, height, width) in 0..1 limits where it acts. images is needed where rows differ:
+    with several bank or mask rows it is their number unless given, with a blind branch it must be given. A bank has 1
+    row, one per image, or one per row of the call (branches * images).
+    """
+
+    def __init__(
+        self,
+        bank: ReferenceBank,
+        reader: ReferenceReader,
+        strengths: Sequence[float],
+        sees_control: Sequence[bool] = (True,),
+        mask: Tensor | None = None,
+        images: int | None = None,
+    ) -> None:
+        self.bank = bank
+        self.reader = reader
+        # a shortened run knows fewer scales than the bank
+        missing = len(bank.schedule) - len(strengths)
+        self.strengths = (*(float(value) for value in strengths), *[0.0] * missing)
+        per_token = [self.strengths[step.index] for step in bank.schedule.steps for _ in range(step.n)]
+        self.weights = torch.tensor(per_token, device=bank.device)[None]  # (1, T)
+        if mask is not None:
+            self.weights = self.weights * token_mask(mask.to(bank.device), bank.schedule)  # (B, T)
+        self.bank_rows: Tensor | None = None  # None: the bank's rows are the call's, or its only row serves all
+        self.weight_rows: Tensor | None = None  # the same for the weights
+        self.sees: Tensor | None = None  # (R,) bool, None: every row reads the reference
+        self.seen: Tensor | None = None  # indices of the rows that do
+        self._assign_rows(len(sees_control), tuple(sees_control), images)
+
+    def _assign_rows(self, branches: int, sees_control: tuple[bool, ...], images: int | None) -> None:
+        rows = max(self.bank.rows, self.weights.shape[0])
+        if images is None and rows == 1 and not all(sees_control):
+            raise ValueError("a guidance branch does not see the control: pass images= to tell which rows it has")
+        if images is None and rows == 1:
+            return
+        images = images or rows
+        total = branches * images
+        image_of = torch.arange(images, device=self.bank.device).repeat(branches)  # (R,)
+        if self.bank.rows not in (1, images, total) or self.weights.shape[0] not in (1, images):
+            raise ValueError(
+                f"{self.bank.rows} encoded controls and {self.weights.shape[0]} masks for {images} images in "
+                f"{branches} branches; pass 1 or {images} of each"
+            )
+        if self.bank.rows not in (1, total):
+            self.bank_rows = image_of
+        if self.weights.shape[0] not in (1, total):
+            self.weight_rows = image_of
+        if not all(sees_control):
+            self._limit(torch.tensor(sees_control, device=self.bank.device).repeat_interleave(images))
+
+    def _limit(self, sees: Tensor) -> None:
+        everybody = bool(sees.all())
+        self.sees, self.seen = (None, None) if everybody else (sees, sees.nonzero().flatten())
+
+    def needs_lse(self, layer: int) -> bool:
+        """Only joint attention weighs the two results."""
+        return self.reader.fusion == "joint" and layer in self.bank.values and any(self.strengths)
+
+    def select_rows(self, rows: Tensor) -> ReferenceInjector:
+        """The injector for other rows (R',) int64 of the present ones; the bank is shared, not copied."""
+        rows = rows.to(self.bank.device)
+        chosen = copy.copy(self)
+        if self.bank.rows > 1:
+            chosen.bank_rows = rows if self.bank_rows is None else self.bank_rows[rows]
+        if self.weights.shape[0] > 1:
+            chosen.weight_rows = rows if self.weight_rows is None else self.weight_rows[rows]
+        if self.sees is not None:
+            chosen._limit(self.sees[rows])
+        return chosen
+
+    def inject(self, layer: int, steps: Steps, q: Tensor, attended: Tensor, lse: Tensor | None) -> Injection:
+        """See `contracts.Injector.inject`."""
+        if layer not in self.bank.values or not any(self.strengths[step.index] for step in steps):
+            return Injection(attended)
+        self.bank.check(steps)
+        k, v = self.bank.read(layer, steps, self.reader.scope)  # (Bc, H, K, D)
+        weight = self.weights[:, steps[0].start : steps[-1].start + steps[-1].n]  # (B | 1, L)
+        bank_rows, weight_rows, seen = self._rows(q.shape[0])
+        if bank_rows is not None:
+            k, v = k[bank_rows], v[bank_rows]  # (R, H, K, D)
+        if weight_rows is not None:
+            weight = weight[weight_rows]  # (R, L)
+        readers = q if seen is None else q[seen]
+        joint = self.reader.fusion == "joint"
+        mask = reference_mask(steps, self.reader.scope, q.device)
+        out, out_lse = attend(readers.to(v.dtype), k, v, mask=mask, return_lse=joint)  # (R, H, L, D)
+        if joint:
+            return Injection(self._join(attended, lse, out, out_lse, weight, seen))
+        branch = weight[..., None].to(out.dtype) * self.reader.project(layer, out)  # (R, L, C)
+        if seen is not None:  # blind rows receive nothing
+            branch = branch.new_zeros(q.shape[0], *branch.shape[1:]).index_copy(0, seen, branch)  # (R, L, C)
+        before = self.reader.z_position == "before_gate"
+        return Injection(attended, branch if before else None, None if before else branch)
+
+    @staticmethod
+    def _join(
+        attended: Tensor, lse: Tensor | None, out: Tensor, out_lse: Tensor | None, weight: Tensor, seen: Tensor | None
+    ) -> Tensor:
+        if lse is None or out_lse is None:
+            raise ValueError("joint attention needs the log-sum-exp of the plain attention; ask needs_lse() first")
+        # the strength multiplies the exponentials of the reference, so 0 leaves the plain attention
+        out_lse = out_lse + weight.log()[:, None]  # (R, H, L)
+        if seen is None:
+            return merge(attended, lse, out, out_lse)[0]
+        return attended.index_copy(0, seen, merge(attended[seen], lse[seen], out, out_lse)[0])
+
+    def _rows(self, rows: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Row indices into the bank, the weights and the call, of those rows that read the reference."""
+        for index in (self.bank_rows, self.weight_rows, self.sees):
+            if index is not None and len(index) != rows:
+                raise ValueError(
+                    f"the control was prepared for {len(index)} rows but the call has {rows}; check images="
+                )
+        seen = self.seen
+        if seen is None:
+            return self.bank_rows, self.weight_rows, None
+        bank_rows = seen if self.bank_rows is None else self.bank_rows[seen]
+        weight_rows = seen if self.weight_rows is None else self.weight_rows[seen]
+        return (bank_rows if self.bank.rows > 1 else None, weight_rows if self.weights.shape[0] > 1 else None, seen)

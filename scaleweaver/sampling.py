@@ -1,0 +1,66 @@
+"""Logits to bits: temperature, top-k, top-p, and one random stream per image.
+
+Infinity: Scaling Bitwise AutoRegressive Modeling for High-Resolution Image Synthesis (arXiv 2412.04431): every bit is
+a choice between two classes, so top-k is either off (2 and more) or the larger logit (1), and top-p = t drops the rarer
+class when its probability is at most 1 - t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scaleweaver.guidance import per_scale
+from scaleweaver.schedule import ScaleStep
+
+
+@dataclass(frozen=True)
+class BitwiseSampler:
+    """All bits of a scale at once; `temperature` is one number or one per scale, top_k = 0 and top_p = 0 are off.
+
+    Differs from the paper: temperature divides the mixed logits, not those of each branch, which is the same number.
+    """
+
+    temperature: float | Sequence[float] = 1.0
+    top_k: int = 0
+    top_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        count = len(self.temperature) if isinstance(self.temperature, Sized) else 1
+        if min(per_scale(self.temperature, count, "temperature"), default=0) <= 0:
+            raise ValueError(f"temperature is {self.temperature}; pass numbers above 0, top_k=1 for the likeliest bits")
+        if self.top_k < 0 or not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_k is {self.top_k}, top_p is {self.top_p}; pass top_k >= 0 and top_p from 0 to 1")
+
+    def tempered(self, logits: Tensor, step: ScaleStep) -> Tensor:
+        """Guided logits (B, L, 2N) as they are sampled from, float32."""
+        return logits.float() / per_scale(self.temperature, len(step.schedule), "temperature")[step.index]
+
+    def sample(self, logits: Tensor, step: ScaleStep, generators: Sequence[torch.Generator]) -> Tensor:
+        """logits (B, L, 2N), pair 2j, 2j + 1 for bit j -> bits (B, L, N) uint8; image i draws from generators[i]."""
+        pairs: Tensor = self.tempered(logits, step).unflatten(-1, (-1, 2))  # (B, L, N, 2)
+        likeliest = (pairs[..., 1] > pairs[..., 0]).to(torch.uint8)  # (B, L, N)
+        if self.top_k == 1:
+            return likeliest
+        p = pairs.softmax(dim=-1)  # (B, L, N, 2)
+        bits = draw(p, generators).to(torch.uint8)  # (B, L, N)
+        if 0 < self.top_p < 1:
+            bits = torch.where(p.amin(dim=-1) <= 1 - self.top_p, likeliest, bits)
+        return bits
+
+
+def draw(p: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Classes drawn from p (B, ..., V), not necessarily normalised -> (B, ...) int64.
+
+    argmax p / e with e ~ Exp(1): what torch.multinomial computes, with the noise of image i from generators[i].
+    """
+    if len(generators) != len(p):
+        raise ValueError(f"{len(generators)} generators for {len(p)} images; pass one per image")
+    noise = torch.empty_like(p)
+    for row, generator in zip(noise, generators, strict=True):
+        fresh = torch.empty(row.shape, dtype=torch.float32, device=generator.device)
+        row.copy_(fresh.exponential_(generator=generator))
+    return (p / noise).argmax(dim=-1)

@@ -1,0 +1,1 @@
+"""Image tokenizers: pictures to codes of every scale and back."""

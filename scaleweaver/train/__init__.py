@@ -1,0 +1,39 @@
+"""Training recipes on one accelerate loop: `run("recipes/toybox/tokenizer.yaml")`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path:
+    """Runs, or resumes, the recipe of a yaml file; returns the folder of the result.
+
+    ``overrides`` replace values of the file (`scaleweaver train FILE --set key=value`). Raises ValueError for a missing file, an
+    unknown recipe name or a missing setting.
+    """
+    import yaml
+
+    from scaleweaver.train.trainer import TrainConfig, train
+
+    path = Path(recipe)
+    if not path.is_file():
+        raise ValueError(f"no training config at {path}; the repository's own are recipes/toybox/*.yaml")
+    values = yaml.safe_load(path.read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}; expected a mapping of settings")
+    config = TrainConfig.from_mapping(values | dict(overrides or {}))
+    if config.recipe == "tokenizer":
+        from scaleweaver.train.tokenizer import TokenizerRecipe
+
+        return train(TokenizerRecipe(config), config)
+    if config.recipe == "backbone":
+        from scaleweaver.train.backbone import BackboneRecipe
+
+        return train(BackboneRecipe(config), config)
+    if config.recipe == "control":
+        from scaleweaver.train.control import ControlRecipe
+
+        return train(ControlRecipe(config), config)
+    raise ValueError(f'recipe "{config.recipe}" is unknown; expected tokenizer, backbone or control')

@@ -1,0 +1,177 @@
+"""Recipe "backbone": the bitwise next-scale transformer and, with it, a small T5 encoder.
+
+Infinity (arXiv 2412.04431): teacher forcing over all scales at once, bitwise self-correction of the history, cross-entropy per bit
+weighted by the inverse square root of the scale's tokens, text dropped for one sample in ten (classifier-free guidance).
+Differs from the paper: the text encoder is trained along, since no pretrained one can be shipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from scaleweaver.backbones.infinity import InfinityTransformer
+from scaleweaver.cache import KVCache
+from scaleweaver.contracts import TextFeatures
+from scaleweaver.schedule import ScaleSchedule
+from scaleweaver.tokenizers.bsq import BSQTokenizer
+from scaleweaver.train.data import Renders, as_pixels, cached_latents, save_grid, shuffled
+from scaleweaver.train.losses import bit_loss
+from scaleweaver.train.trainer import TrainConfig
+from scaleweaver.train.vocabulary import train_vocabulary
+
+
+class BackboneLoss(nn.Module):
+    """Bit cross-entropy of the backbone; forward({"latent", "ids", "mask", "drop"}, seed) -> loss and accuracy per scale."""
+
+    def __init__(
+        self,
+        transformer: InfinityTransformer,
+        text_encoder: T5EncoderModel,
+        vae: BSQTokenizer,
+        schedule: ScaleSchedule,
+        strength: float,
+        corrected_scales: int,
+    ):
+        super().__init__()
+        self.transformer, self.text_encoder = transformer, text_encoder
+        self.target, self.schedule = vae.target, schedule
+        self.strength, self.corrected_scales = strength, corrected_scales
+
+    def forward(self, batch: Mapping[str, Tensor], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        text = encode_text(self.text_encoder, self.transformer, batch["ids"], batch["mask"], batch["drop"])
+        with torch.no_grad():
+            noise = torch.Generator(batch["latent"].device).manual_seed(seed)
+            inputs, labels, _ = self.target.self_correct(
+                batch["latent"], self.schedule, self.strength, self.corrected_scales, noise
+            )
+        context = self.transformer.encode_text(text)
+        logits = self.transformer(inputs, self.schedule.steps, context, KVCache())
+        loss, _, accuracy = bit_loss(logits, labels, self.schedule)
+        metrics = {f"accuracy_{i}": a.detach() for i, a in enumerate(accuracy)}
+        return loss, metrics
+
+
+def encode_text(
+    encoder: T5EncoderModel, transformer: InfinityTransformer, ids: Tensor, mask: Tensor, drop: Tensor
+) -> TextFeatures:
+    """Packed features of ids (B, P); rows with `drop` get the unconditional table instead."""
+    states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, P, T)
+    null = transformer.null_text[: states.shape[1]].to(states.dtype)
+    states = torch.where(drop[:, None, None], null, states)
+    return TextFeatures(states[mask.bool()], tuple(mask.sum(1).tolist()))  # (sum of lengths, T)
+
+
+class BackboneRecipe:
+    """Options: data, val_data, vae (folder), latents (cache folder), schedule, transformer (config), text_encoder (config),
+    vocabulary (size), strength, corrected_scales, text_dropout, empty_prompts, guidance_scale, temperature (for the pictures),
+    prompts (file of prompts to draw while training)."""
+
+    def __init__(self, config: TrainConfig):
+        options = config.options
+        torch.manual_seed(config.seed)
+        self.config, self.seed = config, config.seed
+        self.schedule = ScaleSchedule.from_dict(options["schedule"])
+        self.renders, self.held_out = Renders(options["data"]), Renders(options["val_data"])
+        self.vae = BSQTokenizer.from_pretrained(options["vae"]).eval().requires_grad_(False)
+        latents = Path(options.get("latents", Path(config.out) / "latents"))
+        self.latents = cached_latents(latents / "train", self.vae, self.renders)
+        self.held_out_latents = cached_latents(latents / "val", self.vae, self.held_out)
+        self.tokenizer = _vocabulary(Path(config.out), self.renders, options.get("vocabulary", 1024))
+        text = T5Config(vocab_size=len(self.tokenizer), dropout_rate=0.0, **options["text_encoder"])
+        self.text_encoder = T5EncoderModel(text)
+        bits = self.vae.target.width
+        self.transformer = InfinityTransformer(text_width=text.d_model, bits=bits, **options["transformer"])
+        self.transformer.init_weights()
+        self.model: nn.Module = BackboneLoss(
+            self.transformer,
+            self.text_encoder,
+            self.vae,
+            self.schedule,
+            options.get("strength", 0.3),
+            options.get("corrected_scales", len(self.schedule)),
+        )
+        self.text_dropout: float = options.get("text_dropout", 0.1)
+        self.empty_prompts: float = options.get("empty_prompts", 0.02)
+
+    def parameter_groups(self) -> Iterable[dict[str, Any]]:
+        """No weight decay on vectors, tables and gates, as in the paper's recipe."""
+        plain, decayed = [], []
+        for name, p in self.model.named_parameters():
+            table = any(part in name for part in ("null_text", "first_position", "level_embed", "modulation", "log_scale", "query"))
+            (plain if p.ndim < 2 or (table and "shared" not in name) else decayed).append(p)
+        return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+
+    def batch(self, index: int, size: int) -> Mapping[str, Any]:
+        rng = np.random.default_rng((self.seed, index))
+        rows = shuffled(len(self.renders), self.seed, index * size, size)
+        texts = []
+        for row in rows:
+            wordings = self.renders.captions(row)
+            texts.append("" if rng.random() < self.empty_prompts else wordings[rng.integers(len(wordings))])
+        drop = torch.from_numpy(rng.random(size) < self.text_dropout)
+        return self._batch(np.stack([self.latents[r] for r in rows]), texts, drop)
+
+    def _batch(self, latents: np.ndarray, texts: Sequence[str], drop: Tensor) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device
+        tokens = self.tokenizer(list(texts), padding=True, return_tensors="pt")
+        return {
+            "latent": torch.from_numpy(latents).float().to(device),
+            "ids": tokens["input_ids"].to(device),
+            "mask": tokens["attention_mask"].to(device),
+            "drop": drop.to(device),
+        }
+
+    @torch.no_grad()
+    def validate(self, folder: Path, step: int) -> Mapping[str, float]:
+        count = min(128, len(self.held_out))
+        texts = [self.held_out.captions(i)[0] for i in range(count)]
+        batch = self._batch(np.array(self.held_out_latents[:count]), texts, torch.zeros(count, dtype=torch.bool))
+        corrected, self.model.strength = self.model.strength, 0.0  # type: ignore[assignment]
+        loss, metrics = self.model(batch, 0)
+        self.model.strength = corrected  # type: ignore[assignment]
+        self.draw(folder / f"{step:06d}.png", texts[:32])
+        return {"loss": float(loss)} | {k: float(v) for k, v in metrics.items()}
+
+    def pipeline(self) -> Any:
+        """The networks as they are, in a pipeline."""
+        from scaleweaver.pipeline import VARControlPipeline
+
+        options = self.config.options
+        return VARControlPipeline(
+            transformer=self.transformer,
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            schedule=self.schedule.to_dict(),
+            guidance_scale=options.get("guidance_scale", 3.0),
+            temperature=options.get("temperature", 1.0),
+            top_p=options.get("top_p", 0.0),
+        )
+
+    def draw(self, path: Path, texts: Sequence[str]) -> None:
+        """A contact sheet of the prompts drawn with seeds 0, 1, ..."""
+        pipe = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        pictures = pipe(list(texts), seed=list(range(len(texts))), output_type="pt").images  # (B, 3, H, W) in [0, 1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".txt").write_text("\n".join(texts))
+        save_grid(path, as_pixels(pictures * 2 - 1), columns=8)
+
+    def save(self, folder: Path) -> None:
+        self.pipeline().save_pretrained(folder)
+
+
+def _vocabulary(out: Path, renders: Renders, size: int) -> PreTrainedTokenizerFast:
+    """Trained once per run on the captions, then read back, so that a resumed run has the same ids."""
+    folder = out / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        captions = (text for row in range(min(len(renders), 20_000)) for text in renders.captions(row))
+        train_vocabulary(captions, size).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -1,0 +1,38 @@
+"""Cross-entropy of bits over the scales of a schedule.
+
+Infinity: Scaling Bitwise AutoRegressive Modeling for High-Resolution Image Synthesis (arXiv 2412.04431).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scaleweaver.schedule import ScaleSchedule
+
+
+def bit_loss(
+    logits: Tensor, labels: Tensor, schedule: ScaleSchedule, reweight: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits (B, T, 2N), outputs 2j and 2j + 1 for bit j being 0 and 1; labels (B, T, N) in {0, 1}.
+
+    Returns the loss, the mean bit cross-entropy per scale (S,) in nats and the share of right bits per scale (S,), the
+    last without gradient. With `reweight` a token of scale k weighs 1 / sqrt(n_k), otherwise all tokens weigh the same.
+    """
+    counts = torch.tensor([step.n for step in schedule.steps])
+    if logits.shape[:2] != labels.shape[:2] or logits.shape[2] != 2 * labels.shape[2] or len(counts) == 0:
+        raise ValueError(f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}; pass two per bit")
+    if logits.shape[1] != schedule.length:
+        raise ValueError(f"{logits.shape[1]} tokens given, the schedule has {schedule.length}; truncate one of them")
+    # the two-class softmax depends on the difference of its logits alone
+    difference = logits[..., 1::2].float() - logits[..., 0::2].float()  # (B, T, N)
+    target = labels.to(difference.dtype)
+    entropy = F.binary_cross_entropy_with_logits(difference, target, reduction="none")  # (B, T, N)
+    right = ((difference.detach() > 0) == (target > 0)).float()  # (B, T, N)
+    sizes = counts.tolist()
+    per_scale = torch.stack([part.mean() for part in entropy.split(sizes, dim=1)])  # (S,)
+    accuracy = torch.stack([part.mean() for part in right.split(sizes, dim=1)])  # (S,)
+    # n_k tokens of weight 1 / sqrt(n_k) make sqrt(n_k) for the scale
+    weights = counts.to(per_scale).sqrt() if reweight else counts.to(per_scale)
+    return (per_scale * weights).sum() / weights.sum(), per_scale, accuracy

@@ -1,0 +1,113 @@
+"""Recipe "tokenizer": the BSQ autoencoder on pictures and on the control maps it will have to carry.
+
+Loss: L1 on pixels + L1 on horizontal and vertical pixel differences (edges are what canny control needs, and plain L1 blurs them)
++ commitment of the encoder output to the quantised latent - entropy of the codes over the batch.
+Inferred: the paper trains with perceptual and adversarial losses on photographs; the difference loss replaces them here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from scaleweaver.controls.canny import canny
+from scaleweaver.evaluate.control import canny_f1, psnr
+from scaleweaver.schedule import ScaleSchedule
+from scaleweaver.tokenizers.bsq import BSQTokenizer
+from scaleweaver.train.data import Renders, as_pixels, random_control_map, save_grid, shuffled, to_images
+from scaleweaver.train.trainer import TrainConfig
+
+
+class TokenizerLoss(nn.Module):
+    """Reconstruction loss of the tokenizer; forward(images (B, 3, H, W) in [-1, 1], seed) -> loss and its parts."""
+
+    def __init__(self, vae: BSQTokenizer, schedule: ScaleSchedule, difference: float, commitment: float, entropy: float):
+        super().__init__()
+        self.vae, self.schedule = vae, schedule
+        self.difference, self.commitment, self.entropy = difference, commitment, entropy
+
+    def forward(self, images: Tensor, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        drawn, code = self.vae(images, self.schedule)
+        pixel = (drawn - images).abs().mean()
+        edges = sum((_difference(drawn, d) - _difference(images, d)).abs().mean() for d in (2, 3))
+        commitment = code.commitment[-1]
+        entropy = code.entropy.mean()
+        loss = pixel + self.difference * edges + self.commitment * commitment + self.entropy * entropy
+        return loss, {"l1": pixel.detach(), "commitment": commitment.detach(), "entropy": entropy.detach()}
+
+
+class TokenizerRecipe:
+    """Options: data (folder of renders), val_data, vae (constructor arguments), schedule, maps (fraction of control maps),
+    difference, commitment, entropy (loss weights), device."""
+
+    def __init__(self, config: TrainConfig):
+        options = config.options
+        torch.manual_seed(config.seed)
+        self.schedule = ScaleSchedule.from_dict(options["schedule"])
+        self.vae = BSQTokenizer(**options["vae"])
+        self.model: nn.Module = TokenizerLoss(
+            self.vae,
+            self.schedule,
+            options.get("difference", 3.0),
+            options.get("commitment", 0.25),
+            options.get("entropy", 0.02),
+        )
+        self.renders = Renders(options["data"])
+        self.held_out = Renders(options["val_data"])
+        self.maps: float = options.get("maps", 0.2)
+        self.seed = config.seed
+        self.config = config
+
+    def parameter_groups(self) -> Iterable[dict[str, Any]]:
+        return [{"params": self.vae.parameters()}]
+
+    def batch(self, index: int, size: int) -> Tensor:
+        rng = np.random.default_rng((self.seed, index))
+        rows = shuffled(len(self.renders), self.seed, index * size, size)
+        pictures = [
+            random_control_map(self.renders, row, rng) if rng.random() < self.maps else self.renders.image(row) for row in rows
+        ]
+        return to_images(np.stack(pictures))
+
+    def validate(self, folder: Path, step: int) -> Mapping[str, float]:
+        pictures = np.stack([self.held_out.image(i) for i in range(min(96, len(self.held_out)))])
+        drawn = reconstruct(self.vae, pictures, self.schedule)
+        scores = reconstruction_scores(drawn, pictures)
+        edges = np.stack([np.asarray(canny(Image.fromarray(p))) for p in pictures[:8]])
+        drawn_edges = reconstruct(self.vae, edges, self.schedule)
+        save_grid(folder / f"{step:06d}.png", np.concatenate([pictures[:8], drawn[:8], edges, drawn_edges]), columns=8)
+        return scores
+
+    def save(self, folder: Path) -> None:
+        self.vae.save_pretrained(folder / "vae")
+
+
+@torch.no_grad()
+def reconstruct(
+    vae: BSQTokenizer, pictures: NDArray[np.uint8], schedule: ScaleSchedule, batch: int = 16
+) -> NDArray[np.uint8]:
+    """Pictures (B, H, W, 3) uint8 through the quantised latent and back."""
+    parts = []
+    for chunk in np.array_split(pictures, max(1, len(pictures) // batch)):
+        images = to_images(chunk).to(vae.device)
+        parts.append(as_pixels(vae.decode(vae.quantize(vae.encode(images), schedule)[1])))
+    return np.concatenate(parts)
+
+
+def reconstruction_scores(drawn: NDArray[np.uint8], pictures: NDArray[np.uint8]) -> dict[str, float]:
+    """Mean PSNR in dB and canny F1 (strict, 1 px, 2 px) of drawn against true pictures."""
+    rows = []
+    for a, b in zip(drawn, pictures, strict=True):
+        rows.append({"psnr": psnr(a, b)} | dict(canny_f1(a, np.asarray(canny(Image.fromarray(b))))))
+    return {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}
+
+
+def _difference(images: Tensor, dim: int) -> Tensor:
+    return images.diff(dim=dim)

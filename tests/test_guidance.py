@@ -1,0 +1,88 @@
+import pytest
+import torch
+
+from scaleweaver.guidance import ClassifierFreeGuidance, ControlGuidance, per_scale
+from scaleweaver.schedule import ScaleSchedule
+
+STEPS = ScaleSchedule(((1, 1), (2, 2), (3, 3)), (3, 3)).steps
+
+
+def logits(branches: int) -> torch.Tensor:
+    return torch.randn(branches * 2, 4, 6, generator=torch.Generator().manual_seed(branches))
+
+
+def test_classifier_free_guidance_is_an_extrapolation():
+    text, null = (x := logits(2)).chunk(2)
+    for scale in (0.0, 0.5, 3.0, -1.0):
+        mixed = ClassifierFreeGuidance(scale, 3).combine(x, STEPS[1])
+        torch.testing.assert_close(mixed, null + scale * (text - null))
+
+
+def test_scale_one_is_off_and_returns_the_text_branch_untouched():
+    guidance = ClassifierFreeGuidance([2.0, 1.0, 3.0], 3)
+    assert guidance.branches == 2 and guidance.alive(STEPS[1]) == 2
+    assert torch.equal(guidance.combine(x := logits(2), STEPS[1]), x[:2])
+    off = ClassifierFreeGuidance(1.0, 3)
+    assert off.branches == 1
+    assert torch.equal(off.combine(x := logits(1), STEPS[0]), x)
+
+
+def test_null_branch_dies_with_its_last_weight():
+    guidance = ClassifierFreeGuidance([3.0, 2.0, 1.0], 3)
+    assert [guidance.alive(step) for step in STEPS] == [2, 2, 1]
+    assert torch.equal(guidance.combine(x := logits(1), STEPS[2]), x)
+
+
+def test_guidance_inside_the_network_mixes_after_one_layer():
+    guidance = ClassifierFreeGuidance([3.0, 1.0, 2.0], 3, insert_after=1)
+    text, null = (x := logits(2)).chunk(2)
+    assert guidance.mix(0, x, STEPS[0]) is x
+    mixed = guidance.mix(1, x, STEPS[0])
+    torch.testing.assert_close(mixed, (3 * text - 2 * null).repeat(2, 1, 1))
+    assert torch.equal(guidance.mix(1, x, STEPS[1]), text.repeat(2, 1, 1))
+    assert torch.equal(guidance.combine(x, STEPS[0]), text)
+
+
+def test_guidance_on_logits_never_mixes_inside():
+    assert ClassifierFreeGuidance(3.0, 3).mix(1, x := logits(2), STEPS[0]) is x
+    assert ControlGuidance(3.0, 2.0).mix(1, x := logits(3), STEPS[0]) is x
+
+
+@pytest.mark.parametrize("text_scale, control_scale", [(3.0, 2.0), (1.0, 4.0), (2.0, 2.0), (4.0, 0.0)])
+def test_control_guidance_formula(text_scale, control_scale):
+    both, control, null = (x := logits(3)).chunk(3)
+    guidance = ControlGuidance(text_scale, control_scale)
+    expected = null + control_scale * (control - null) + text_scale * (both - control)
+    torch.testing.assert_close(guidance.combine(x, STEPS[0]), expected)
+    assert guidance.branches == 3
+    assert guidance.sees_control == (True, True, False)
+
+
+def test_control_guidance_one_is_classifier_free_guidance():
+    guidance, plain = ControlGuidance(3.0, 1.0, 3), ClassifierFreeGuidance(3.0, 3)
+    assert guidance.branches == 2 and guidance.sees_control == (True, True) == plain.sees_control
+    assert torch.equal(guidance.combine(x := logits(2), STEPS[0]), plain.combine(x, STEPS[0]))
+    assert ControlGuidance(1.0, 1.0).branches == 1
+
+
+def test_control_guidance_drops_branches_one_by_one():
+    guidance = ControlGuidance([3.0, 3.0, 1.0], [2.0, 1.0, 1.0])
+    assert [guidance.alive(step) for step in STEPS] == [3, 2, 1]
+    assert torch.equal(guidance.combine(x := logits(1), STEPS[2]), x)
+
+
+def test_per_scale_lists():
+    assert per_scale(2, 3, "x") == (2.0, 2.0, 2.0)
+    assert per_scale([1, 2, 3], 3, "x") == (1.0, 2.0, 3.0)
+    assert per_scale(torch.tensor([1.0, 2.0]).numpy(), 2, "x") == (1.0, 2.0)
+    with pytest.raises(ValueError, match="guidance_scale has 2 values but there are 3 scales"):
+        ClassifierFreeGuidance([1.0, 2.0], 3)
+    with pytest.raises(ValueError, match="finite"):
+        per_scale(float("nan"), 3, "x")
+    for value in (None, "strong", [1.0, None, 2.0]):
+        with pytest.raises(ValueError, match="pass one number or a list of 3"):
+            per_scale(value, 3, "x")
+    with pytest.raises(ValueError, match="insert_after is -1"):
+        ClassifierFreeGuidance(2.0, 3, insert_after=-1)
+    with pytest.raises(ValueError, match="control_guidance_scale has 3 values but there are 2 scales"):
+        ControlGuidance([1.0, 2.0], [1.0, 2.0, 3.0])

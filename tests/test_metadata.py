@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from scaleweaver.metadata import KEY, Picture, read_settings, write_settings
+
+SETTINGS: dict[str, Any] = {
+    "prompt": 'a "red" cube, größer als 東京 🙂',
+    "seed": 2**63 - 1,
+    "guidance_scale": [1.0, 3.5],
+    "control": [],
+}
+
+
+def image() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+
+
+def test_plain_save_embeds_the_settings(tmp_path: Path) -> None:
+    picture = write_settings(image(), SETTINGS)
+    picture.save(tmp_path / "x.png")
+    assert read_settings(tmp_path / "x.png") == SETTINGS
+    with Image.open(tmp_path / "x.png") as saved:
+        assert np.array_equal(np.asarray(saved), np.asarray(image()))
+    assert picture.settings == SETTINGS and picture.mode == "RGB" and picture.size == (24, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "format"), [("x.jpg", None), ("x.webp", None), ("x.unknown", "JPEG"), ("x.bin", "png")]
+)
+def test_other_formats(tmp_path: Path, name: str, format: str | None) -> None:
+    write_settings(image(), SETTINGS).save(tmp_path / name, format=format, quality=80)
+    assert read_settings(str(tmp_path / name)) == SETTINGS
+
+
+def test_into_memory_and_opened_images() -> None:
+    buffer = io.BytesIO()
+    write_settings(image(), SETTINGS).save(buffer, "PNG")
+    buffer.seek(0)
+    assert read_settings(Image.open(buffer)) == SETTINGS
+
+
+def test_formats_without_a_place_for_text_still_save(tmp_path: Path) -> None:
+    write_settings(image(), SETTINGS).save(tmp_path / "x.bmp")
+    with pytest.raises(ValueError, match="carries no settings"):
+        read_settings(tmp_path / "x.bmp")
+
+
+def test_a_callers_own_pnginfo_wins(tmp_path: Path) -> None:
+    own = PngInfo()
+    own.add_text("author", "me")
+    write_settings(image(), SETTINGS).save(tmp_path / "x.png", pnginfo=own)
+    with pytest.raises(ValueError, match="carries no settings"):
+        read_settings(tmp_path / "x.png")
+
+
+def test_pickle_keeps_settings_and_edits_are_plain() -> None:
+    picture = pickle.loads(pickle.dumps(write_settings(image(), SETTINGS)))
+    assert isinstance(picture, Picture) and picture.settings == SETTINGS
+    assert not isinstance(picture.resize((4, 4)), Picture)
+
+
+def test_errors(tmp_path: Path) -> None:
+    image().save(tmp_path / "plain.png")
+    (tmp_path / "words.png").write_text("no picture")
+    broken, number = PngInfo(), PngInfo()
+    broken.add_itxt(KEY, "{oops")
+    number.add_itxt(KEY, "3")
+    image().save(tmp_path / "broken.png", pnginfo=broken)
+    image().save(tmp_path / "number.png", pnginfo=number)
+    cases = {
+        "plain": "carries no settings",
+        "words": "not an image",
+        "gone": "no file",
+        "broken": "damaged",
+        "number": "JSON object",
+    }
+    for name, words in cases.items():
+        with pytest.raises(ValueError, match=words):
+            read_settings(tmp_path / f"{name}.png")
+    for bad in ({"x": object()}, {"x": float("nan")}):
+        with pytest.raises(ValueError, match="plain numbers"):
+            write_settings(image(), bad)

@@ -1,0 +1,64 @@
+"""The bit loss against its definition; equality with published numbers is tested with the backbone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_schedule
+
+from scaleweaver.train.losses import bit_loss
+
+
+def draw() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 30, 10, generator=generator)
+    return logits, torch.randint(0, 2, (2, 30, 5), generator=generator).to(torch.uint8)
+
+
+@pytest.mark.parametrize("reweight", [True, False])
+def test_equals_cross_entropy_over_two_classes(reweight):
+    logits, labels = draw()
+    classes = logits.unflatten(-1, (5, 2)).flatten(0, 2)
+    entropy = F.cross_entropy(classes, labels.flatten().long(), reduction="none").view(2, 30, 5).mean((0, 2))
+    weights = torch.cat([torch.full((n,), n**-0.5 if reweight else 1.0) for n in (1, 4, 9, 16)])
+    loss, per_scale, accuracy = bit_loss(logits, labels, tiny_schedule(), reweight)
+    torch.testing.assert_close(loss, (entropy * weights).sum() / weights.sum())
+    torch.testing.assert_close(per_scale, torch.stack([part.mean() for part in entropy.split([1, 4, 9, 16])]))
+    right = (classes.argmax(-1) == labels.flatten()).float().view(2, 30, 5).mean((0, 2))
+    torch.testing.assert_close(accuracy, torch.stack([part.mean() for part in right.split([1, 4, 9, 16])]))
+
+
+def test_gradients_are_those_of_the_definition():
+    logits, labels = draw()
+    logits.requires_grad_()
+    loss, per_scale, accuracy = bit_loss(logits, labels, tiny_schedule())
+    loss.backward()
+    share = logits.detach().unflatten(-1, (5, 2)).softmax(-1) - F.one_hot(labels.long(), 2)
+    weights = torch.cat([torch.full((n,), n**-0.5) for n in (1, 4, 9, 16)])
+    want = share.flatten(2) * (weights / weights.sum())[:, None] / (2 * 5)
+    torch.testing.assert_close(logits.grad, want)
+    assert per_scale.requires_grad and not accuracy.requires_grad
+
+
+def test_extremes_stay_finite():
+    _, labels = draw()
+    sure = torch.stack((100.0 - 200.0 * labels, 200.0 * labels - 100.0), -1).flatten(2)
+    loss, _, accuracy = bit_loss(sure, labels, tiny_schedule())
+    assert loss == 0 and (accuracy == 1).all()
+    loss, _, accuracy = bit_loss(-sure, labels, tiny_schedule())
+    assert loss == pytest.approx(200.0) and (accuracy == 0).all()
+    undecided = bit_loss(torch.zeros(2, 30, 10, dtype=torch.bfloat16), labels, tiny_schedule())[0]
+    assert undecided == pytest.approx(math.log(2)) and undecided.dtype == torch.float32
+
+
+def test_truncated_schedules_and_wrong_shapes():
+    logits, labels = draw()
+    _, per_scale, _ = bit_loss(logits[:, :5], labels[:, :5], tiny_schedule().truncate(2))
+    assert per_scale.shape == (2,)
+    with pytest.raises(ValueError, match="truncate"):
+        bit_loss(logits[:, :5], labels[:, :5], tiny_schedule())
+    with pytest.raises(ValueError, match="two per bit"):
+        bit_loss(logits[..., :8], labels, tiny_schedule())
