@@ -196,10 +196,15 @@ def _detector(kind: str, **settings: float) -> Callable[[Any], Image.Image]:
 
 
 def _load(model: str, device: str, dtype: str) -> Any:
+    import diffusers
     import torch
+    import transformers
 
     from scaleweaver import VARControlPipeline
 
+    # their bars count files, ours counts scales
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     pipe = VARControlPipeline.from_pretrained(model, dtype=dtype).to(device)
@@ -345,12 +350,16 @@ def convert_infinity(
     transformer: Annotated[Path, typer.Option(help="Transformer checkpoint, for example infinity_2b_reg.pth.")],
     vae: Annotated[Path, typer.Option(help="Tokenizer checkpoint, for example infinity_vae_d32reg.pth.")],
     text_encoder: Annotated[str, typer.Option(help="Hub id or folder of the T5 encoder.")] = "google/flan-t5-xl",
+    budget: Annotated[str | None, typer.Option(help="Default picture size: 0.06M, 0.25M, 0.60M or 1M pixels.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format to save in; default: that of the files.")] = None,
 ) -> None:
     """Infinity (125M, 2B, 8B) and its bitwise tokenizers."""
     from scaleweaver.convert.infinity import convert_infinity as convert_checkpoint
 
-    convert_checkpoint(transformer=transformer, vae=vae, text_encoder=text_encoder, out=out)
-    typer.echo(str(out))
+    folder = convert_checkpoint(
+        transformer=transformer, vae=vae, text_encoder=text_encoder, out=out, dtype=dtype, budget=budget
+    )
+    typer.echo(str(folder))
 
 
 @app.command()

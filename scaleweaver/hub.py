@@ -130,7 +130,9 @@ def upload(
     """Put a folder into a Hub repository, made if it is not there; returns the address of the commit."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = api.upload_folder(repo_id=repo_id, folder_path=Path(folder), commit_message=commit_message, create_pr=create_pr)
+    commit = api.upload_folder(
+        repo_id=repo_id, folder_path=Path(folder), commit_message=commit_message, create_pr=create_pr
+    )
     return str(commit.pr_url or commit.commit_url)
 
 

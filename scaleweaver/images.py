@@ -81,6 +81,12 @@ def to_tensor(image: Image.Image) -> Tensor:
     return values.permute(2, 0, 1).float().div_(127.5).sub_(1.0)  # (3, H, W)
 
 
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [0, 1] -> RGB images."""
+    levels = pictures.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+    return [Image.fromarray(image) for image in levels]
+
+
 def mask_tensor(image: Any, height: int, width: int, resize: str = "crop", name: str = "mask") -> Tensor:
     """A mask of any kind -> (H, W) float32 in [0, 1], white = 1."""
     import torch

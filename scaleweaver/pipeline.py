@@ -6,17 +6,18 @@ names are kept where the meaning is the same; where diffusers has a step, there 
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import BaseOutput
+from diffusers.utils.outputs import BaseOutput
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
@@ -30,7 +31,6 @@ from scaleweaver.contracts import (
     Control,
     Router,
     Sampler,
-    SamplerState,
     Search,
     TextFeatures,
 )
@@ -42,11 +42,14 @@ from scaleweaver.control_images import (
     make_injector,
     read_controls,
 )
-from scaleweaver.hub import locate, locate_control, model_card, upload
+from scaleweaver.hub import CONTROL_FILE, locate, locate_control, model_card, upload
+from scaleweaver.images import to_pil
 from scaleweaver.loop import SingleModel, generate
 from scaleweaver.metadata import write_settings
 from scaleweaver.methods.scaleweaver import ControlAdapter
 from scaleweaver.request import (
+    Callback,
+    Follower,
     Lineage,
     Numbers,
     Request,
@@ -58,10 +61,10 @@ from scaleweaver.request import (
     read_schedule,
 )
 from scaleweaver.sampling import BitwiseSampler
-from scaleweaver.schedule import ScaleSchedule, ScaleStep
+from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.tokenizers.bsq import BSQTokenizer
 
-Callback = Callable[["VARControlPipeline", int, ScaleStep, dict[str, Any]], Any]
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -87,7 +90,7 @@ class VARControlPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
-    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
+    _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -160,6 +163,7 @@ class VARControlPipeline(DiffusionPipeline):
         check_call(num_images_per_prompt, output_type, callback_on_step_end)
         controls = read_controls(control, self.controls)
         plan = self._plan(schedule, height, width, first_size(controls))
+        active = [item for item in controls if any(control_strengths(item, plan))]
         guidance = read_guidance(values, len(plan), bool(controls))
         sampler = sampler or BitwiseSampler(values["temperature"], values["top_k"], values["top_p"])
         texts = read_prompts(prompt, prompt_embeds)
@@ -169,14 +173,14 @@ class VARControlPipeline(DiffusionPipeline):
         # conditions: all that does not depend on drawn tokens
         text = read_features(prompt_embeds) if prompt is None else self.encode_prompt(prompt)
         negative = None if negative_prompt is None else self.encode_prompt(negative_prompt, "negative_prompt")
-        encoded = [(item, self._encode(item, plan)) for item in controls if any(control_strengths(item, plan))]
+        encoded = [(item, self._encode(item, plan)) for item in active]
         conditions_for = partial(self._conditions, request, text, negative, encoded)
         router = router or SingleModel(self.transformer)
         conditions = conditions_for(router.route(plan.steps[0]).backbone)
 
         lineage = Lineage(search, len(generators))
         with self.progress_bar(total=stop_after or len(plan)) as bar:
-            follower = _Follower(self, bar, callback_on_step_end)
+            follower = Follower(self, bar, callback_on_step_end)
             drawn = generate(
                 conditions, plan, router=router, target=self.vae.target, guidance=guidance, sampler=sampler,
                 search=lineage if search else None, policy=cache, forced=forced, stop_after=stop_after,
@@ -184,11 +188,10 @@ class VARControlPipeline(DiffusionPipeline):
             )  # fmt: skip
 
         # pictures, each with the settings that make it again
-        values |= {"model": self.config.get("_name_or_path"), "stop_after": stop_after}
-        values |= {"schedule": None if schedule is None else plan.to_dict()}
+        values |= {"stop_after": stop_after, "schedule": None if schedule is None else plan.to_dict()}
         values |= {name: part and repr(part) for name, part in (("cache", cache), ("search", search))}
         settings = [
-            request.settings(image, {**values, "seed": one.initial_seed()}, negative_prompt)
+            request.settings(image, {**values, "model": self.name_or_path, "seed": one.initial_seed()}, negative_prompt)
             for image, one in zip(lineage.origins, follower.generators, strict=True)
         ]
         latent, codes = drawn.latent.clone(), [scale.clone() for scale in drawn.codes]  # ordinary tensors again
@@ -223,7 +226,7 @@ class VARControlPipeline(DiffusionPipeline):
     @torch.no_grad()
     def preview(self, latent: Tensor) -> list[Image.Image]:
         """Pictures of a latent (B, d, Hl, Wl), finished or after any scale."""
-        return _to_pil(self._decode(latent))
+        return to_pil(self._decode(latent))
 
     @property
     def available_controls(self) -> tuple[str, ...]:
@@ -296,7 +299,7 @@ class VARControlPipeline(DiffusionPipeline):
         )
         pipe: VARControlPipeline = super().from_pretrained(str(folder), dtype=precision, **kwargs)
         pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
-        for config in sorted((folder / "controls").glob("*/control_config.json")):
+        for config in sorted((folder / "controls").glob(f"*/{CONTROL_FILE}")):
             pipe.controls[config.parent.name] = load_control(config.parent, pipe.transformer, config.parent.name)
         card = folder / "README.md"
         pipe._card = card.read_text(encoding="utf-8") if card.is_file() else None
@@ -315,6 +318,9 @@ class VARControlPipeline(DiffusionPipeline):
             raise ValueError(f"{os.fspath(save_directory)!r} is a file; pass a folder")
         with lora_detached(self.transformer):  # the controls' LoRA goes into their own folders
             super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
+        stale = {file.parent.name for file in folder.glob(f"controls/*/{CONTROL_FILE}")} - set(self.controls)
+        if stale:
+            logger.warning("%s also holds controls that this pipeline has not: %s", folder, ", ".join(sorted(stale)))
         for name, adapter in self.controls.items():
             save_control(folder / "controls" / name, self.transformer, adapter, name)
         card = folder / "README.md"
@@ -420,28 +426,7 @@ class VARControlPipeline(DiffusionPipeline):
             return pictures
         if output_type == "np":
             return pictures.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-        return [write_settings(image, entry) for image, entry in zip(_to_pil(pictures), settings, strict=True)]
-
-
-class _Follower:
-    """Called after every scale: moves the progress bar, calls back, and remembers whose random streams are left."""
-
-    def __init__(self, pipe: VARControlPipeline, bar: Any, callback: Callback | None) -> None:
-        self.pipe, self.bar, self.callback = pipe, bar, callback
-        self._state: SamplerState | None = None
-
-    def __call__(self, step: ScaleStep, state: SamplerState) -> None:
-        self._state = state
-        self.bar.update()
-        if self.callback is not None:
-            # bound now: later scales change the state
-            seen = {"latent": state.latent, "preview": partial(self.pipe.preview, state.latent)}
-            self.callback(self.pipe, step.index, step, seen)
-
-    @property
-    def generators(self) -> list[torch.Generator]:
-        """One per image of the finished run."""
-        return self._state.generators if self._state else []
+        return [write_settings(image, entry) for image, entry in zip(to_pil(pictures), settings, strict=True)]
 
 
 def auto_dtype() -> torch.dtype:
@@ -449,7 +434,7 @@ def auto_dtype() -> torch.dtype:
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        found = torch.cpu.get_capabilities()
+        found = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch we run on
         fast = bool(found.get("amx_bf16") or found.get("avx512_bf16"))
     return torch.bfloat16 if fast else torch.float32
 
@@ -464,12 +449,6 @@ def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f'dtype={dtype!r}; pass torch.float32, torch.bfloat16, torch.float16 or "auto"')
     return found
-
-
-def _to_pil(pictures: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [0, 1] -> RGB images."""
-    levels = pictures.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-    return [Image.fromarray(image) for image in levels]
 
 
 def _onload(module: Any) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from scaleweaver.schedule import ScaleSchedule, ScaleStep, infinity_schedule, ne
 logger = logging.getLogger(__name__)
 
 Numbers = float | Sequence[float]
+Callback = Callable[[Any, int, ScaleStep, dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Request:
         row = image // self.images_per_prompt
         negatives = [negative] if isinstance(negative, str) or negative is None else list(negative)
         entry = {
+            "model": values.get("model"),
             "prompt": self.texts[row],
+            "seed": values.get("seed"),
             "negative_prompt": negatives[row % len(negatives)],
             "height": self.plan.height,
             "width": self.plan.width,
@@ -71,6 +75,27 @@ class Lineage:
         if survivors is not None:
             self.origins = [self.origins[row] for row in survivors.tolist()]
         return survivors
+
+
+class Follower:
+    """Called after every scale: moves the progress bar, calls back, and remembers whose random streams are left."""
+
+    def __init__(self, pipe: Any, bar: Any, callback: Callback | None) -> None:
+        self.pipe, self.bar, self.callback = pipe, bar, callback
+        self._state: SamplerState | None = None
+
+    def __call__(self, step: ScaleStep, state: SamplerState) -> None:
+        self._state = state
+        self.bar.update()
+        if self.callback is not None:
+            # bound now: later scales change the state
+            seen = {"latent": state.latent, "preview": partial(self.pipe.preview, state.latent)}
+            self.callback(self.pipe, step.index, step, seen)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """One per image of the finished run."""
+        return self._state.generators if self._state else []
 
 
 def read_numbers(

@@ -133,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
         known = repo in self.hub.repos
         if not known:
             self.hub.create(repo)
-            if wanted.get("private"):
+            if wanted.get("private") or wanted.get("visibility") == "private":
                 self.hub.private.add(repo)
         self._json({"url": f"{self.hub.endpoint}/{repo}", "name": repo, "id": repo}, status=409 if known else 200)
 

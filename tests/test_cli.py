@@ -143,8 +143,8 @@ def test_generate_draws_what_the_settings_draw_again(model: Path, tmp_path: Path
         "generate", "a red cube", "-m", model, "--seed", 7, "--temperature", 0.8, "--out", out, "--dtype", "float32"
     )
     assert result.exit_code == 0, result.output
-    assert result.output.splitlines()[0] == str(out)
-    assert " s, after " in result.output
+    assert result.stdout.splitlines()[0] == str(out)
+    assert " s, after " in result.stdout
     settings = read_settings(out)
     assert (settings["prompt"], settings["seed"], settings["temperature"]) == ("a red cube", 7, 0.8)
     assert np.array_equal(draw_again(out), pixels(out))
@@ -169,7 +169,7 @@ def test_generate_names_several_pictures_by_prompt_and_seed(model: Path, tmp_pat
     result = call("generate", "A red cube!", "grass", "-n", 2, "-m", model, "--seed", 3, "--out", tmp_path / "many")
     assert result.exit_code == 0, result.output
     names = ["a-red-cube-3.png", "a-red-cube-4.png", "grass-5.png", "grass-6.png"]
-    assert result.output.splitlines()[:-1] == [str(tmp_path / "many" / name) for name in names]
+    assert result.stdout.splitlines()[:-1] == [str(tmp_path / "many" / name) for name in names]
     assert read_settings(tmp_path / "many" / "grass-5.png")["prompt"] == "grass"
 
 
@@ -224,6 +224,13 @@ def test_render_and_train_refuse_what_does_not_exist(tmp_path: Path) -> None:
     assert "no world 'moon'" in refused(call("render", "moon", "--out", tmp_path))
     assert "is not KEY=VALUE" in refused(call("train", tmp_path / "none.yaml", "--set", "steps"))
     assert "none.yaml" in refused(call("train", tmp_path / "none.yaml", "--set", "steps=3"))
+
+
+def test_convert_refuses_in_one_line(tmp_path: Path) -> None:
+    files = ["--transformer", tmp_path / "none.pth", "--vae", tmp_path / "none.pth"]
+    assert "none.pth" in refused(call("convert", "infinity", tmp_path / "out", *files))
+    assert "budget '9M' is unknown" in refused(call("convert", "infinity", tmp_path / "out", *files, "--budget", "9M"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_doctor_reports_every_part() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -25,7 +26,7 @@ ORDER = [
     ["scaleweaver.backbones"],
     ["scaleweaver.methods"],
     ["scaleweaver.adapters"],
-    ["scaleweaver.conditions", "scaleweaver.loop", "scaleweaver.control_images"],
+    ["scaleweaver.conditions", "scaleweaver.loop", "scaleweaver.control_images", "scaleweaver.request"],
     ["scaleweaver.hub"],
     ["scaleweaver.pipeline"],
     ["scaleweaver.toybox"],
@@ -47,11 +48,16 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def runtime_nodes(node: ast.AST) -> list[ast.AST]:
+def runtime_nodes(tree: ast.Module) -> Iterator[ast.AST]:
     """The tree without what only type checkers read."""
-    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-        return [inner for child in node.orelse for inner in runtime_nodes(child)]
-    return [node, *(inner for child in ast.iter_child_nodes(node) for inner in runtime_nodes(child))]
+    open_nodes: list[ast.AST] = [tree]
+    while open_nodes:
+        node = open_nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            open_nodes += node.orelse
+        else:
+            yield node
+            open_nodes += ast.iter_child_nodes(node)
 
 
 def imports(file: Path, known: dict[str, Path], *, at_load: bool = False) -> set[str]:

@@ -182,12 +182,12 @@ class InfinityTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: i
         """Input codes (R, T', N) of all scales but the schedule's first -> hidden states (R, T, C) float32."""
         rows, first = len(text.pooled), steps[0]
         expected = sum(step.n for step in steps if step.index > 0)
-        given = (rows, 0, self.config["bits"]) if inputs is None else tuple(inputs.shape)
-        if given != (rows, expected, self.config["bits"]) or steps[-1].index >= self.config["max_scales"]:
+        bits, most = self.config["bits"], self.config["max_scales"]
+        given = (rows, 0, bits) if inputs is None else tuple(inputs.shape)
+        if given != (rows, expected, bits) or steps[-1].index >= most:
             raise ValueError(
                 f"inputs of shape {given} for scales {first.index} to {steps[-1].index}: expected "
-                f"{(rows, expected, self.config["bits"])} (rows of the text, tokens without scale 0, bits) and at most "
-                f"{self.config["max_scales"]} scales"
+                f"{(rows, expected, bits)} (rows of the text, tokens without scale 0, bits) and at most {most} scales"
             )
         parts = []
         if first.index == 0:
@@ -233,7 +233,7 @@ class InfinityTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: i
             )
         for layer in range(len(self.blocks)) if layers is None else layers:
             block, arguments = self.blocks[layer], (x, layer, steps, rope, text, cache, injectors)
-            x = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
+            x = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)  # type: ignore[misc]
             if mix is not None:
                 x = mix(layer, x)  # (R, T, C)
         return self.head_logits(x, text)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -37,6 +38,49 @@ _INFINITY: tuple[tuple[str, str], ...] = (
 # buffers of constant zeros: keys have no bias
 _DROPPED = re.compile(r"(?:.*\.)?zero_k_bias")
 
+# convolutions and norms are wrapped there, which puts `.conv` and `.norm` into names; files without that exist too
+_END = r"\.(weight|bias)"
+_BSQ: tuple[tuple[str, str], ...] = (
+    (rf"(encoder|decoder)\.(conv_in|conv_out)(?:\.conv)?{_END}", r"\1.\2.\3"),
+    (rf"(encoder|decoder)\.norm_out(?:\.norm)?{_END}", r"\1.norm_out.\2"),
+    (rf"(encoder|decoder)\.mid\.(block_[12]\.conv[12])(?:\.conv)?{_END}", r"\1.mid.\2.\3"),
+    (rf"(encoder|decoder)\.mid\.(block_[12]\.norm[12])(?:\.norm)?{_END}", r"\1.mid.\2.\3"),
+    (rf"(encoder\.down|decoder\.up)\.(\d+\.block\.\d+)\.(conv[12]|nin_shortcut)(?:\.conv)?{_END}", r"\1.\2.\3.\4"),
+    (rf"(encoder\.down|decoder\.up)\.(\d+\.block\.\d+)\.(norm[12])(?:\.norm)?{_END}", r"\1.\2.\3.\4"),
+    (rf"(encoder\.down\.\d+\.downsample|decoder\.up\.\d+\.upsample)\.conv(?:\.conv)?{_END}", r"\1.conv.\2"),
+)
+# powers of two of the quantiser, stored under both of its names
+_BSQ_DROPPED = re.compile(r"quantizer?\.lfq\.mask")
+
+
+class UnknownTensor(ValueError):
+    """A name that no table knows."""
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Weights under our names, the official name of each, and official names that no table knows."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    official: dict[str, str] = field(default_factory=dict)
+    left_over: list[str] = field(default_factory=list)
+
+
+def rename(official: Mapping[str, Tensor], key: Callable[[str], str | None]) -> Renamed:
+    """Every tensor under the name that `key` gives it; None drops it."""
+    renamed = Renamed()
+    for name, tensor in official.items():
+        try:
+            ours = key(name)
+        except UnknownTensor:
+            renamed.left_over.append(name)
+            continue
+        if ours in renamed.weights:
+            raise ValueError(f"tensors {renamed.official[ours]!r} and {name!r} are the same weight; remove one of them")
+        if ours is not None:
+            renamed.weights[ours], renamed.official[ours] = tensor, name
+    return renamed
+
 
 def infinity_key(name: str, blocks_per_chunk: int | None = None) -> str | None:
     """Our name of an official Infinity tensor, None if we do not need it; chunked names need the chunk size."""
@@ -48,10 +92,19 @@ def infinity_key(name: str, blocks_per_chunk: int | None = None) -> str | None:
         name = f"blocks.{int(match[1]) * blocks_per_chunk + int(match[2])}.{name[match.end() :]}"
     elif match := _FLAT.match(name):
         name = f"blocks.{match[1]}.{name[match.end() :]}"
-    for pattern, replacement in _INFINITY:
+    return _look_up(name, _INFINITY, "an Infinity transformer")
+
+
+def bsq_key(name: str) -> str | None:
+    """Our name of a tensor of an official bitwise tokenizer, None if we do not need it."""
+    return None if _BSQ_DROPPED.fullmatch(name) else _look_up(name, _BSQ, "a bitwise tokenizer")
+
+
+def _look_up(name: str, table: tuple[tuple[str, str], ...], what: str) -> str:
+    for pattern, replacement in table:
         if match := re.fullmatch(pattern, name):
             return match.expand(replacement)
-    raise ValueError(f"tensor {name!r} is not part of an Infinity transformer; is this another kind of checkpoint?")
+    raise UnknownTensor(f"tensor {name!r} is not part of {what}; is this another kind of checkpoint?")
 
 
 def chunk_size(names: Iterable[str]) -> int:
@@ -59,11 +112,19 @@ def chunk_size(names: Iterable[str]) -> int:
     return 1 + max((int(match[2]) for name in names if (match := _CHUNK.match(name))), default=0)
 
 
-def infinity_state_dict(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def infinity_weights(official: Mapping[str, Tensor]) -> Renamed:
     """An official state dict under our names; the per-head scale, (1, H, 1, 1) or (1, 1, H, 1), becomes (H,)."""
     size = chunk_size(official)
-    ours = {}
-    for name, tensor in official.items():
-        if (key := infinity_key(name, size)) is not None:
-            ours[key] = tensor.flatten() if key.endswith("log_scale") else tensor
-    return ours
+    renamed = rename(official, lambda name: infinity_key(name, size))
+    for name, tensor in renamed.weights.items():
+        if name.endswith("log_scale") and tensor.numel() == max(tensor.shape, default=1):
+            renamed.weights[name] = tensor.flatten()  # (H,)
+    return renamed
+
+
+def infinity_state_dict(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of `infinity_weights`, where nothing may be left over."""
+    renamed = infinity_weights(official)
+    if renamed.left_over:
+        raise UnknownTensor(f"tensors {', '.join(renamed.left_over)} are not part of an Infinity transformer")
+    return renamed.weights

@@ -1,8 +1,8 @@
 """Control fidelity: how much of a control image is found again in the picture.
 
-Canny F1 follows the protocol of ControlNet++ (arXiv 2404.07987): edges are extracted from the picture with the control's own
-thresholds and compared pixel by pixel. A shift of one pixel already costs a strict score more than half of its value, so scores
-that tolerate 1 and 2 pixels (Chebyshev distance) stand beside it.
+Canny F1 follows the protocol of ControlNet++ (arXiv 2404.07987): edges are extracted from the picture with the
+control's own thresholds and compared pixel by pixel. A shift of one pixel already costs a strict score more than half
+of its value, so scores that tolerate 1 and 2 pixels (Chebyshev distance) stand beside it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def edge_f1(found: NDArray[np.bool_], wanted: NDArray[np.bool_], tolerance: int 
 
 
 def canny_f1(picture: Image, edges: Image, *, low: float = 100, high: float = 200) -> Mapping[str, float]:
-    """Strict, 1-pixel and 2-pixel F1 of a picture (H, W, 3) uint8 against the canny map (H, W[, 3]) it was drawn from."""
+    """Strict, 1-pixel and 2-pixel F1 of a picture (H, W, 3) uint8 against the canny map (H, W[, 3]) behind it."""
     wanted = (edges if edges.ndim == 2 else edges[..., 0]) > 127
     found = cv2.Canny(np.ascontiguousarray(picture), low, high) > 0
     return {name: edge_f1(found, wanted, t) for name, t in (("f1", 0), ("f1_1px", 1), ("f1_2px", 2))}

@@ -94,6 +94,7 @@ class Encoder(nn.Module):
     """Pictures (B, 3, H, W) -> latents (B, channels, H / stride, W / stride); `stem` is the first convolution's width.
 
     With `fold` f the first convolution reads f x f pixels as channels, which saves the costly full-resolution level.
+    With `shortcut` a linear map of each stride x stride patch is added, which the convolutions then only correct.
     """
 
     def __init__(
@@ -105,10 +106,13 @@ class Encoder(nn.Module):
         blocks: int = 2,
         groups: int = 32,
         fold: int = 1,
+        shortcut: bool = False,
     ) -> None:
         super().__init__()
         stem = stem or widths[0]
         self.fold = fold
+        stride = fold * 2 ** (len(widths) - 1)
+        self.shortcut = nn.Conv2d(3, channels, stride, stride) if shortcut else None
         self.conv_in = nn.Conv2d(3 * fold**2, stem, 3, padding=1)
         self.down = nn.ModuleList()
         for before, width in zip([stem, *widths[:-1]], widths, strict=True):
@@ -124,17 +128,27 @@ class Encoder(nn.Module):
         x = self.conv_in(F.pixel_unshuffle(images, self.fold))  # (B, C, H / fold, W / fold)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))  # (B, channels, Hl, Wl)
+        latent = self.conv_out(F.silu(self.norm_out(self.mid(x))))  # (B, channels, Hl, Wl)
+        return latent if self.shortcut is None else latent + self.shortcut(images)
 
 
 class Decoder(nn.Module):
     """Latents (B, channels, Hl, Wl) -> pictures (B, 3, H, W), not clamped."""
 
     def __init__(
-        self, channels: int, widths: Sequence[int], *, blocks: int = 3, groups: int = 32, fold: int = 1
+        self,
+        channels: int,
+        widths: Sequence[int],
+        *,
+        blocks: int = 3,
+        groups: int = 32,
+        fold: int = 1,
+        shortcut: bool = False,
     ) -> None:
         super().__init__()
         self.fold = fold
+        stride = fold * 2 ** (len(widths) - 1)
+        self.shortcut = nn.ConvTranspose2d(channels, 3, stride, stride) if shortcut else None
         self.conv_in = nn.Conv2d(channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], groups)
         self.up = nn.ModuleList()  # index 0 is the finest level, as in the encoder
@@ -150,7 +164,8 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(latent))
         for level in reversed(self.up):
             x = level(x)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.fold)  # (B, 3, H, W)
+        images = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.fold)  # (B, 3, H, W)
+        return images if self.shortcut is None else images + self.shortcut(latent)
 
 
 def check_widths(widths: Sequence[int], stride: int, fold: int = 1) -> None:

@@ -52,7 +52,8 @@ class BSQTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     `bits` is d; `patch` is the number of tokenizer positions per transformer token and axis (2 for the 8B model), so a
     schedule's stride is `stride * patch`. `stem_width` is the encoder's first width if it is not `widths[0]`; `fold`
-    reads and writes blocks of fold x fold pixels as channels (for small models on a CPU; the published ones have 1).
+    reads and writes blocks of fold x fold pixels as channels, and `shortcut` adds a linear path for each patch (for small models on a CPU; the
+    published ones have neither).
     """
 
     @register_to_config
@@ -67,11 +68,14 @@ class BSQTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         stem_width: int | None = None,
         norm_groups: int = 32,
         fold: int = 1,
+        shortcut: bool = False,
     ) -> None:
         super().__init__()
         check_widths(widths, stride, fold)
-        self.encoder = Encoder(bits, widths, stem=stem_width, blocks=encoder_blocks, groups=norm_groups, fold=fold)
-        self.decoder = Decoder(bits, widths, blocks=decoder_blocks, groups=norm_groups, fold=fold)
+        self.encoder = Encoder(
+            bits, widths, stem=stem_width, blocks=encoder_blocks, groups=norm_groups, fold=fold, shortcut=shortcut
+        )
+        self.decoder = Decoder(bits, widths, blocks=decoder_blocks, groups=norm_groups, fold=fold, shortcut=shortcut)
         self.target = ResidualTarget(bits, patch)
 
     @classmethod

@@ -104,7 +104,7 @@ GROUND_WORDS: dict[str, tuple[str, ...]] = {
     "stone": ("on stone", "on stone slabs", "on a stone floor", "on grey paving stones"),
     "wood": ("on a wooden floor", "on a wooden floor", "on wood", "on wooden boards"),
     "asphalt": ("on asphalt", "on asphalt", "on a road", "on the street"),
-    "carpet": ("on a carpet", "on a red carpet", "on a rug"),
+    "carpet": ("on a carpet", "on a carpet", "on a rug"),
 }
 RELATION_WORDS: dict[str, tuple[str, ...]] = {
     "left of": ("left of", "to the left of", "on the left of"),

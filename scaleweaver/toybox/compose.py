@@ -18,7 +18,7 @@ from scaleweaver.toybox.people import BUILDS, HAIR_COLORS, HAIR_STYLES, JOINT_NO
 from scaleweaver.toybox.scene import COLORS, FINISHES, SIZES, Camera, Person, Scene, Thing, base
 from scaleweaver.toybox.things import KINDS, mesh_of
 
-# what this version of the world is made of; the renderer knows more kinds, and the world grows when a model can carry them
+# what this version of the world is made of; the renderer knows more kinds, the world grows when a model can carry them
 WORLD = (
     "ball", "boat", "cactus", "car", "cat", "chair", "cone", "cube", "cup", "cylinder",
     "duck", "flower", "house", "mushroom", "pyramid", "rocket", "snowman", "table", "teapot", "tree",

@@ -10,8 +10,8 @@ from typing import Any
 def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path:
     """Runs, or resumes, the recipe of a yaml file; returns the folder of the result.
 
-    ``overrides`` replace values of the file (`scaleweaver train FILE --set key=value`). Raises ValueError for a missing file, an
-    unknown recipe name or a missing setting.
+    ``overrides`` replace values of the file (`scaleweaver train FILE --set key=value`). Raises ValueError for a missing
+    file, an unknown recipe name or a missing setting.
     """
     import yaml
 
@@ -36,4 +36,8 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path:
         from scaleweaver.train.control import ControlRecipe
 
         return train(ControlRecipe(config), config)
-    raise ValueError(f'recipe "{config.recipe}" is unknown; expected tokenizer, backbone or control')
+    if config.recipe == "judge":
+        from scaleweaver.train.judge import JudgeRecipe
+
+        return train(JudgeRecipe(config), config)
+    raise ValueError(f'recipe "{config.recipe}" is unknown; expected tokenizer, backbone, control or judge')

@@ -1,7 +1,8 @@
 """Recipe "backbone": the bitwise next-scale transformer and, with it, a small T5 encoder.
 
-Infinity (arXiv 2412.04431): teacher forcing over all scales at once, bitwise self-correction of the history, cross-entropy per bit
-weighted by the inverse square root of the scale's tokens, text dropped for one sample in ten (classifier-free guidance).
+Infinity (arXiv 2412.04431): teacher forcing over all scales at once, bitwise self-correction of the history,
+cross-entropy per bit weighted by the inverse square root of the scale's tokens, text dropped for one sample in ten
+(classifier-free guidance).
 Differs from the paper: the text encoder is trained along, since no pretrained one can be shipped.
 """
 
@@ -28,7 +29,7 @@ from scaleweaver.train.vocabulary import train_vocabulary
 
 
 class BackboneLoss(nn.Module):
-    """Bit cross-entropy of the backbone; forward({"latent", "ids", "mask", "drop"}, seed) -> loss and accuracy per scale."""
+    """Bit cross-entropy; forward({"latent", "ids", "mask", "drop"}, seed) -> loss and accuracy per scale."""
 
     def __init__(
         self,
@@ -69,9 +70,10 @@ def encode_text(
 
 
 class BackboneRecipe:
-    """Options: data, val_data, vae (folder), latents (cache folder), schedule, transformer (config), text_encoder (config),
-    vocabulary (size), strength, corrected_scales, text_dropout, empty_prompts, guidance_scale, temperature (for the pictures),
-    prompts (file of prompts to draw while training)."""
+    """Options: data, val_data, vae (folder), latents (cache folder), schedule, transformer (config), text_encoder
+    (config), vocabulary (size), strength, corrected_scales, text_dropout, empty_prompts, guidance_scale, temperature
+    (for the pictures), prompts (file of prompts to draw while training).
+    """
 
     def __init__(self, config: TrainConfig):
         options = config.options
@@ -102,9 +104,13 @@ class BackboneRecipe:
 
     def parameter_groups(self) -> Iterable[dict[str, Any]]:
         """No weight decay on vectors, tables and gates, as in the paper's recipe."""
-        plain, decayed = [], []
+        plain: list[nn.Parameter] = []
+        decayed: list[nn.Parameter] = []
         for name, p in self.model.named_parameters():
-            table = any(part in name for part in ("null_text", "first_position", "level_embed", "modulation", "log_scale", "query"))
+            table = any(
+                part in name
+                for part in ("null_text", "first_position", "level_embed", "modulation", "log_scale", "query")
+            )
             (plain if p.ndim < 2 or (table and "shared" not in name) else decayed).append(p)
         return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
 

@@ -1,8 +1,8 @@
 """Recipe "control": a ScaleWeaver adapter on a frozen backbone, from pictures and the control maps made of them.
 
-ScaleWeaver (arXiv 2510.14882): teacher forcing, only the condition stream's LoRA, the zero-initialised projections and the type
-embedding learn. Inferred: text and control are dropped independently of each other for one sample in ten, thresholds vary, and the
-projections learn faster than the LoRA, whose gradient is zero until they have moved.
+ScaleWeaver (arXiv 2510.14882): teacher forcing, only the condition stream's LoRA, the zero-initialised projections and
+the type embedding learn. Inferred: text and control are dropped independently of each other for one sample in ten,
+thresholds vary, and the projections learn faster than the LoRA, whose gradient is zero until they have moved.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from scaleweaver.methods.scaleweaver import ControlAdapter, ScaleWeaverConfig, e
 from scaleweaver.pipeline import VARControlPipeline
 from scaleweaver.reference import ReferenceInjector
 from scaleweaver.train.backbone import encode_text
-from scaleweaver.train.data import Pixels, Renders, as_pixels, cached_latents, random_canny, save_grid, shuffled, to_images
+from scaleweaver.train.data import (
+    Pixels,
+    Renders,
+    as_pixels,
+    cached_latents,
+    random_canny,
+    save_grid,
+    shuffled,
+    to_images,
+)
 from scaleweaver.train.losses import bit_loss
 from scaleweaver.train.trainer import TrainConfig
 
@@ -56,8 +65,9 @@ class ControlLoss(nn.Module):
 
 
 class ControlRecipe:
-    """Options: data, val_data, model (pipeline folder), latents (cache folder), kind, name, adapter (ScaleWeaverConfig fields),
-    strength, text_dropout, control_dropout, z_lr_scale."""
+    """Options: data, val_data, model (pipeline folder), latents (cache folder), kind, name, adapter (ScaleWeaverConfig
+    fields), strength, text_dropout, control_dropout, z_lr_scale.
+    """
 
     def __init__(self, config: TrainConfig):
         options = config.options

@@ -1,4 +1,4 @@
-"""What the recipes read: renders from disk in an order that depends on the seed alone, control maps, latents computed once."""
+"""What the recipes read: renders in an order that depends on the seed alone, control maps, latents computed once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,13 +23,15 @@ Pixels = NDArray[np.uint8]
 
 
 class Renders:
-    """Pictures of one or several render stores as one list; the first `limit` complete ones, if given."""
+    """Pictures of one or several render stores as one list: those that were complete when it was made."""
 
     def __init__(self, folders: str | Sequence[str]):
         self.stores = [RenderStore(f) for f in ([folders] if isinstance(folders, str) else folders)]
         self.counts = [len(s) for s in self.stores]
         if not sum(self.counts):
-            raise ValueError(f"{folders} holds no finished picture; make it with scaleweaver.toybox.store.cache_renders")
+            raise ValueError(
+                f"{folders} holds no finished picture; make it with scaleweaver.toybox.store.cache_renders"
+            )
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -50,18 +53,27 @@ class Renders:
         store, i = self._find(row)
         return store.texts(i)
 
+    def source(self, row: int) -> tuple[str, int]:
+        """Split and index of the scene, as `toybox.scene.sample_scene` takes them."""
+        store, i = self._find(row)
+        return store.settings["split"], store.settings["start"] + i
+
+    def _map(self, name: str, row: int) -> NDArray[Any]:
+        store, i = self._find(row)
+        if name not in store.maps:
+            raise ValueError(f'{store.path} was rendered without "{name}"; render it with maps=("depth", "keypoints")')
+        return np.array(store.maps[name][i])
+
     def depth(self, row: int) -> Pixels:
         """(H, W, 3), near is bright."""
-        store, i = self._find(row)
-        return np.repeat(np.array(store.maps["depth"][i])[..., None], 3, axis=2)
+        return np.repeat(self._map("depth", row)[..., None], 3, axis=2)
 
     def skeleton(self, row: int) -> Pixels | None:
         """(H, W, 3) drawing of the person's key points, None where there is nobody."""
-        store, i = self._find(row)
-        points = np.array(store.maps["keypoints"][i])
+        points = self._map("keypoints", row)
         if not points.any():
             return None
-        return np.asarray(draw_skeleton(points[None], store.images.shape[1]))
+        return np.asarray(draw_skeleton(points[None], self.image(row).shape[0]))
 
 
 def shuffled(count: int, seed: int, start: int, size: int) -> list[int]:
@@ -75,7 +87,7 @@ def shuffled(count: int, seed: int, start: int, size: int) -> list[int]:
 
 
 def random_canny(picture: Pixels, rng: np.random.Generator) -> Pixels:
-    """Edge map (H, W, 3) with thresholds drawn around the usual 100 / 200, so that an adapter is not tied to one pair."""
+    """Edge map (H, W, 3), thresholds drawn around the usual 100 / 200 so that an adapter is not tied to one pair."""
     low, high = rng.uniform(50, 120), rng.uniform(100, 240)
     edges = cv2.Canny(picture, min(low, high), max(low, high))
     return np.repeat(edges[..., None], 3, axis=2)
@@ -110,7 +122,9 @@ def save_grid(path: Path, pictures: Pixels, columns: int) -> None:
     Image.fromarray(sheet).save(path)
 
 
-def cached_latents(folder: str | os.PathLike[str], vae: BSQTokenizer, renders: Renders, batch: int = 32) -> NDArray[np.float16]:
+def cached_latents(
+    folder: str | os.PathLike[str], vae: BSQTokenizer, renders: Renders, batch: int = 32
+) -> NDArray[np.float16]:
     """Continuous latents (count, d, Hl, Wl) of all renders, computed once per tokenizer and kept in `folder`."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -119,8 +133,8 @@ def cached_latents(folder: str | os.PathLike[str], vae: BSQTokenizer, renders: R
     if done.is_file() and json.loads(done.read_text()) == mark:
         return np.load(path / "latents.npy", mmap_mode="r")
     done.unlink(missing_ok=True)
-    side = renders.image(0).shape[0] // vae.config.stride
-    shape = (len(renders), vae.config.bits, side, side)
+    side = renders.image(0).shape[0] // vae.config["stride"]
+    shape = (len(renders), vae.config["bits"], side, side)
     out = np.lib.format.open_memmap(path / "latents.npy", mode="w+", dtype=np.float16, shape=shape)
     with torch.no_grad():
         for start in range(0, len(renders), batch):
@@ -141,4 +155,3 @@ def fingerprint(model: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-

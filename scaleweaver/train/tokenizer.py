@@ -1,8 +1,8 @@
 """Recipe "tokenizer": the BSQ autoencoder on pictures and on the control maps it will have to carry.
 
-Loss: L1 on pixels + L1 on horizontal and vertical pixel differences (edges are what canny control needs, and plain L1 blurs them)
-+ commitment of the encoder output to the quantised latent - entropy of the codes over the batch.
-Inferred: the paper trains with perceptual and adversarial losses on photographs; the difference loss replaces them here.
+Loss: L1 on pixels + L1 on horizontal and vertical pixel differences (edges are what canny control needs, and plain L1
+blurs them) + commitment of the encoder output to the quantised latent - entropy of the codes over the batch.
+Inferred: the paper trains with perceptual and adversarial losses on photographs; the difference loss replaces them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from scaleweaver.train.trainer import TrainConfig
 class TokenizerLoss(nn.Module):
     """Reconstruction loss of the tokenizer; forward(images (B, 3, H, W) in [-1, 1], seed) -> loss and its parts."""
 
-    def __init__(self, vae: BSQTokenizer, schedule: ScaleSchedule, difference: float, commitment: float, entropy: float):
+    def __init__(
+        self, vae: BSQTokenizer, schedule: ScaleSchedule, difference: float, commitment: float, entropy: float
+    ):
         super().__init__()
         self.vae, self.schedule = vae, schedule
         self.difference, self.commitment, self.entropy = difference, commitment, entropy
@@ -44,14 +46,21 @@ class TokenizerLoss(nn.Module):
 
 
 class TokenizerRecipe:
-    """Options: data (folder of renders), val_data, vae (constructor arguments), schedule, maps (fraction of control maps),
-    difference, commitment, entropy (loss weights), device."""
+    """Options: data (folder of renders), val_data, vae (constructor arguments), schedule, maps (fraction of control
+    maps), difference, commitment, entropy (loss weights), device.
+    """
 
     def __init__(self, config: TrainConfig):
         options = config.options
         torch.manual_seed(config.seed)
         self.schedule = ScaleSchedule.from_dict(options["schedule"])
         self.vae = BSQTokenizer(**options["vae"])
+        self.renders = Renders(options["data"])
+        self.held_out = Renders(options["val_data"])
+        self.maps: float = options.get("maps", 0.2)
+        self.seed = config.seed
+        if options["vae"].get("shortcut"):
+            principal_start(self.vae, self.batch(0, min(512, len(self.renders))), options.get("start_scale", 0.35))
         self.model: nn.Module = TokenizerLoss(
             self.vae,
             self.schedule,
@@ -59,10 +68,6 @@ class TokenizerRecipe:
             options.get("commitment", 0.25),
             options.get("entropy", 0.02),
         )
-        self.renders = Renders(options["data"])
-        self.held_out = Renders(options["val_data"])
-        self.maps: float = options.get("maps", 0.2)
-        self.seed = config.seed
         self.config = config
 
     def parameter_groups(self) -> Iterable[dict[str, Any]]:
@@ -72,7 +77,8 @@ class TokenizerRecipe:
         rng = np.random.default_rng((self.seed, index))
         rows = shuffled(len(self.renders), self.seed, index * size, size)
         pictures = [
-            random_control_map(self.renders, row, rng) if rng.random() < self.maps else self.renders.image(row) for row in rows
+            random_control_map(self.renders, row, rng) if rng.random() < self.maps else self.renders.image(row)
+            for row in rows
         ]
         return to_images(np.stack(pictures))
 
@@ -87,6 +93,35 @@ class TokenizerRecipe:
 
     def save(self, folder: Path) -> None:
         self.vae.save_pretrained(folder / "vae")
+
+
+@torch.no_grad()
+def principal_start(vae: BSQTokenizer, images: Tensor, scale: float, exponent: float = 0.4) -> None:
+    """Starts the linear shortcuts at the principal components of patches, and the convolutions at nothing.
+
+    The components are evened out (divided by their standard deviation to the power `exponent`), rotated at random so
+    that every bit carries its share, and scaled to the root mean square `scale` that residual codes of +-1/sqrt(d) can
+    reach.
+    """
+    bits, stride = vae.config["bits"], vae.config["stride"]
+    patches = torch.nn.functional.unfold(images, stride, stride=stride).transpose(1, 2).flatten(0, 1)  # (patches, 3 s s)
+    mean = patches.mean(0)
+    variance, components = torch.linalg.eigh(torch.cov((patches - mean).T))
+    variance, components = variance.flip(0)[:bits].clamp_min(1e-8), components.flip(1)[:, :bits]
+    rotation = torch.linalg.qr(torch.randn(bits, bits, generator=torch.Generator().manual_seed(0)))[0]
+    spread = variance.sqrt() ** exponent
+    analysis = components / spread @ rotation  # (3 s s, bits)
+    gain = scale / ((patches - mean) @ analysis).square().mean().sqrt()
+    encoder, decoder = vae.encoder, vae.decoder
+    assert encoder.shortcut is not None and decoder.shortcut is not None and encoder.shortcut.bias is not None
+    encoder.shortcut.weight.copy_((analysis * gain).T.unflatten(1, (3, stride, stride)))
+    encoder.shortcut.bias.copy_(-(mean @ analysis) * gain)
+    synthesis = (components * spread @ rotation / gain).T  # (bits, 3 s s)
+    decoder.shortcut.weight.copy_(synthesis.unflatten(1, (3, stride, stride)))
+    decoder.shortcut.bias.copy_(mean.unflatten(0, (3, stride * stride)).mean(1))  # one value a channel
+    for convolution in (encoder.conv_out, decoder.conv_out):
+        convolution.weight.zero_()
+        convolution.bias.zero_()
 
 
 @torch.no_grad()

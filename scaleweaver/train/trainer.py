@@ -1,27 +1,36 @@
-"""One training loop on accelerate for every recipe: what differs between recipes is a model that returns its loss, and its data.
+"""One training loop on accelerate for every recipe; recipes differ in a model that returns its loss, and its data.
 
-A run is a pure function of its config: batch i, its noise and the learning rate depend on the step alone, so a run that is killed
-and started again from its last checkpoint writes the same loss curve as one that was not.
+A run is a pure function of its config: batch i, its noise and the learning rate depend on the step alone, so a run that
+is killed and started again from its last checkpoint writes the same loss curve as one that was not.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
 from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
+
+
+class Options(dict[str, Any]):
+    """A recipe's own settings; one that is needed and missing is named."""
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"the training config lacks {name}; add it to the yaml file or pass --set {name}=value")
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class TrainConfig:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     minutes: float | None = None  # wall-clock limit of this call; the run resumes where it stopped
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -56,12 +65,18 @@ class TrainConfig:
         known = {k: v for k, v in values.items() if k in cls.__dataclass_fields__ and k != "options"}
         missing = [k for k in ("recipe", "out", "steps", "batch", "lr") if k not in known]
         if missing:
-            raise ValueError(f"the training config lacks {', '.join(missing)}; add them to the yaml file or pass --set key=value")
-        if known.get("lr_schedule", "cosine") not in ("cosine", "constant"):
-            raise ValueError(f'lr_schedule is "{known["lr_schedule"]}"; expected "cosine" or "constant"')
+            raise ValueError(
+                f"the training config lacks {', '.join(missing)}; add them to the yaml file or pass --set key=value"
+            )
+        for name, choices in (("lr_schedule", ("cosine", "constant")), ("precision", ("no", "bf16", "fp16"))):
+            if known.get(name, choices[0]) not in choices:
+                raise ValueError(f"{name} is {known[name]!r}; expected one of {', '.join(choices)}")
+        for entry in fields(cls):
+            if entry.name in known and entry.type in ("int", "float"):
+                known[entry.name] = _number(entry.name, known[entry.name], whole=entry.type == "int")
         if "betas" in known:
             known["betas"] = tuple(known["betas"])
-        return cls(**known, options={k: v for k, v in values.items() if k not in known})
+        return cls(**known, options=Options({k: v for k, v in values.items() if k not in known}))
 
     def lr_at(self, step: int) -> float:
         """Learning rate of optimiser step `step`: linear warm-up, then cosine or constant."""
@@ -82,7 +97,7 @@ class Recipe(Protocol):
         """Optimiser groups; "lr_scale" multiplies the learning rate, "weight_decay" may be set."""
         ...
 
-    def batch(self, index: int, size: int) -> Mapping[str, Any]:
+    def batch(self, index: int, size: int) -> Any:
         """Batch `index`, a pure function of the index."""
         ...
 
@@ -99,6 +114,7 @@ def train(recipe: Recipe, config: TrainConfig) -> Path:
     """Runs, or resumes, `config.steps` optimiser steps; returns the folder of the result."""
     out = Path(config.out)
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(asdict(config), indent=1, default=str))
     accelerator = Accelerator(
         mixed_precision=config.precision,
         gradient_accumulation_steps=config.accumulate,
@@ -110,34 +126,41 @@ def train(recipe: Recipe, config: TrainConfig) -> Path:
     model, optimizer = accelerator.prepare(recipe.model, optimizer)
     trained = [p for g in groups for p in g["params"]]
     ema = EMAModel(trained, decay=config.ema, use_ema_warmup=True, power=0.75)
-    ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
     step = _resume(accelerator, out)
-    log = _Log(out, step)
+    ema.to(accelerator.device)  # a checkpoint's averages come back on the CPU
+    log = _Log(out, step, accelerator.is_main_process)
     accelerator.init_trackers("tensorboard")
     deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
     with _progress(accelerator) as progress:
         task = progress.add_task(config.recipe, total=config.steps, completed=step, loss="")
-        while step < config.steps and time.monotonic() < deadline:
+        while step < config.steps:
             started = time.monotonic()
             metrics = _optimise(recipe, config, accelerator, model, optimizer, trained, step)
             ema.step(trained)
             step += 1
             metrics |= {"lr": config.lr_at(step - 1), "seconds": time.monotonic() - started}
             progress.update(task, completed=step, loss=f"{metrics['loss']:.4f}")
-            if step % config.log_every == 0 or step == config.steps:
+            last = step == config.steps
+            if step % config.log_every == 0 or last:
                 log.row(step, metrics)
                 accelerator.log(metrics, step=step)
-            if step % config.validate_every == 0 or step == config.steps:
-                with _averaged(ema, trained):
+            if (step % config.validate_every == 0 or last) and accelerator.is_main_process:
+                with _averaged(ema, trained, recipe.model):
                     values = {f"val_{k}": v for k, v in recipe.validate(out / "samples", step).items()}
                     recipe.save(out / "result")
                 log.row(step, values)
                 accelerator.log(values, step=step)
-            if step % config.checkpoint_every == 0 or step == config.steps or time.monotonic() >= deadline:
+            # one look at the clock for both, so that no run ends without its checkpoint
+            stop = last or time.monotonic() >= deadline
+            if step % config.checkpoint_every == 0 or stop:
                 _checkpoint(accelerator, out, step, config.keep_checkpoints)
-    with _averaged(ema, trained):
-        recipe.save(out / "result")
+            if stop:
+                break
+    if accelerator.is_main_process:
+        with _averaged(ema, trained, recipe.model):
+            recipe.save(out / "result")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return out / "result"
 
@@ -159,7 +182,8 @@ def _optimise(
         # the drop-out inside networks draws from the global generator: tie it to the step as everything else
         set_seed((config.seed * 1_000_003 + index) % 2**31)
         with accelerator.accumulate(model):
-            loss, metrics = model(recipe.batch(index, config.batch), config.seed * 1_000_003 + index)
+            batch = send_to_device(recipe.batch(index, config.batch), accelerator.device)
+            loss, metrics = model(batch, config.seed * 1_000_003 + index)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(trained, config.clip)
@@ -167,7 +191,9 @@ def _optimise(
             optimizer.zero_grad(set_to_none=True)
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise FloatingPointError(f"the loss is {value} at step {step}; lower lr or clip, then start again: the run resumes")
+        raise FloatingPointError(
+            f"the loss is {value} at step {step}; lower lr or clip and start again: the run resumes"
+        )
     return {"loss": value} | {k: float(v) for k, v in metrics.items()}
 
 
@@ -195,25 +221,28 @@ def _resume(accelerator: Accelerator, out: Path) -> int:
     return int(found[-1].name)
 
 
-class _averaged:
-    """The averaged weights in place of the trained ones, within the block."""
-
-    def __init__(self, ema: EMAModel, parameters: list[nn.Parameter]):
-        self.ema, self.parameters = ema, parameters
-
-    def __enter__(self) -> None:
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
-
-    def __exit__(self, *_: object) -> None:
-        self.ema.restore(self.parameters)
+@contextmanager
+def _averaged(ema: EMAModel, parameters: list[nn.Parameter], model: nn.Module) -> Iterator[None]:
+    """The averaged weights in place of the trained ones and all modules in eval mode, within the block."""
+    training = [module for module in model.modules() if module.training]
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    model.eval()
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+        for module in training:
+            module.training = True
 
 
 class _Log:
     """metrics.csv in long form (step, name, value); rows past the resumed step are cut off."""
 
-    def __init__(self, out: Path, step: int):
-        self.path = out / "metrics.csv"
+    def __init__(self, out: Path, step: int, writes: bool):
+        self.path, self.writes = out / "metrics.csv", writes
+        if not writes:
+            return
         rows: list[list[str]] = []
         if self.path.exists():
             with self.path.open(newline="") as f:
@@ -222,6 +251,8 @@ class _Log:
             csv.writer(f).writerows([["step", "name", "value"], *rows])
 
     def row(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self.writes:
+            return
         with self.path.open("a", newline="") as f:
             csv.writer(f).writerows([step, name, f"{value:.6g}"] for name, value in metrics.items())
 
@@ -238,6 +269,21 @@ def _progress(accelerator: Accelerator) -> Progress:
     )
 
 
-def config_dict(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain data, for the result's metadata."""
-    return asdict(config)
+def _number(name: str, value: Any, *, whole: bool) -> int | float:
+    """A setting as a number; yaml reads 1e-3, without a point, as text."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}; expected a number") from None
+    counted = name in (
+        "steps",
+        "batch",
+        "accumulate",
+        "log_every",
+        "validate_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+    )
+    if (whole and number != int(number)) or number < int(counted):
+        raise ValueError(f"{name} is {value!r}; expected a {'whole ' if whole else ''}number from {int(counted)} on")
+    return int(number) if whole else number

@@ -11,7 +11,9 @@ from scaleweaver.toybox.scene import COLORS, SIZES, Camera, Person, Scene, Thing
 from scaleweaver.toybox.things import KINDS
 
 SCENES = [sample_scene("train", i) for i in range(250)]
-TEXTS = [(scene, caption(scene, generator("train", i, stream=s))) for i, scene in enumerate(SCENES) for s in (1, 2, 3, 4)]
+TEXTS = [
+    (scene, caption(scene, generator("train", i, stream=s))) for i, scene in enumerate(SCENES) for s in (1, 2, 3, 4)
+]
 
 
 def test_the_tables_cover_the_world():
@@ -22,6 +24,16 @@ def test_the_tables_cover_the_world():
     assert set(captions.SKY_WORDS) == set(SKIES)
     assert set(captions.GROUND_WORDS) == set(GROUNDS)
     assert set(captions.SIZE_WORDS) == set(SIZES)
+
+
+def test_grounds_have_the_colour_their_phrases_name():
+    named = 0
+    for ground, phrases in captions.GROUND_WORDS.items():
+        away = {name: np.linalg.norm(np.subtract(rgb, GROUNDS[ground].color)) for name, rgb in COLORS.items()}
+        for color in {word for phrase in phrases for word in words(phrase)} & set(COLORS):
+            named += 1
+            assert color == min(away, key=lambda name: away[name]), (ground, color)
+    assert named >= 2
 
 
 def test_captions_are_deterministic_and_varied():
@@ -58,14 +70,20 @@ def test_captions_say_nothing_false():
                 own |= {item.shirt, item.trousers, item.hair_color}
                 own |= {w for phrase in captions.POSE_WORDS[item.pose] for w in words(phrase)}  # a star jump is no star
         # colours that belong to places, not to items
-        place = {w for phrase in (*captions.GROUND_WORDS[scene.ground], *captions.SKY_WORDS[scene.sky]) for w in words(phrase)}
+        place = {
+            w
+            for phrase in (*captions.GROUND_WORDS[scene.ground], *captions.SKY_WORDS[scene.sky])
+            for w in words(phrase)
+        }
         assert not {word for word in spoken if word in COLORS} - own - place, text
         nouns = {w for kind in captions.NOUNS.values() for noun in kind for w in words(noun)}
         assert not {word for word in spoken if word in nouns} - own - place - {"box", "tree", "space"}, text
 
 
 def test_attributes_are_sometimes_left_out_and_colours_rarely():
-    alone = [(scene.items[0], text) for scene, text in TEXTS if len(scene.items) == 1 and isinstance(scene.items[0], Thing)]
+    alone = [
+        (scene.items[0], text) for scene, text in TEXTS if len(scene.items) == 1 and isinstance(scene.items[0], Thing)
+    ]
     colored = np.mean([item.color in text for item, text in alone])
     assert 0.88 < colored < 0.99
     sized = [any(word in text for word in captions.SIZE_WORDS["large"]) for item, text in alone if item.size == "large"]
@@ -74,7 +92,13 @@ def test_attributes_are_sometimes_left_out_and_colours_rarely():
 
 def build(relation: str) -> Scene:
     one = Thing("cube", "red", "medium", "matte", 0.0, 0.0, 0.0, 0.0)
-    at = {"left of": (1, 0, 0), "right of": (-1, 0, 0), "in front of": (0, 1, 0), "behind": (0, -1, 0), "under": (0, 0, 0.86)}
+    at = {
+        "left of": (1, 0, 0),
+        "right of": (-1, 0, 0),
+        "in front of": (0, 1, 0),
+        "behind": (0, -1, 0),
+        "under": (0, 0, 0.86),
+    }
     x, y, z = at[relation]
     other = Thing("ball", "blue", "medium", "matte", x, y, z, 0.0)
     return Scene((one, other), "grass", "noon", 0.5, 0.8, Camera(1.0, 0.2, 3.0, 3.0))
@@ -103,7 +127,9 @@ def test_rows_of_three_are_told_from_left_to_right():
         if len(scene.items) == 3 and "on the left," in text and "in the middle" in text:
             rows += 1
             order = sorted(scene.items, key=lambda item: item.x)
-            first, middle, last = re.search(r": (.*) on the left, (.*) in the middle and (.*) on the right", text).groups()
+            first, middle, last = re.search(
+                r": (.*) on the left, (.*) in the middle and (.*) on the right", text
+            ).groups()
             for item, phrase in zip(order, (first, middle, last), strict=True):
                 assert any(phrase.endswith(noun) for noun in captions.NOUNS[item.kind]), text
     assert rows > 3

@@ -26,7 +26,7 @@ def test_a_sample_is_pure_in_its_index():
         torch.testing.assert_close(alone.image, together.images[i], rtol=0, atol=1e-5)
         assert torch.equal(alone.ids, together.ids[i])
     assert together.images.shape == (4, 3, SIZE, SIZE) and together.depth.shape == (4, SIZE, SIZE)
-    assert 0 <= together.images.min() and together.images.max() <= 1
+    assert together.images.min() >= 0 and together.images.max() <= 1
 
 
 def test_pictures_show_their_items_and_can_be_trained_on():
@@ -196,7 +196,11 @@ def test_ids_map_keeps_numbers_and_shows_colours():
     ids = np.array([[0, 1], [2, 3]], np.int16)
     image = ids_map(ids)
     assert image.mode == "P" and np.array_equal(np.asarray(image), ids)
-    assert len(set(image.convert("RGB").get_flattened_data())) == 4 and image.convert("RGB").getpixel((0, 0)) == (0, 0, 0)
+    assert len(set(image.convert("RGB").get_flattened_data())) == 4 and image.convert("RGB").getpixel((0, 0)) == (
+        0,
+        0,
+        0,
+    )
 
 
 def test_public_names_load():

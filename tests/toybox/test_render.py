@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from scaleweaver.toybox import looks, mesh, people, things
-from scaleweaver.toybox import render as renderer
 from scaleweaver.toybox.raster import EMPTY, rasterise, unpack
-from scaleweaver.toybox.render import GROUNDS, SKIES, render
+from scaleweaver.toybox.render import GROUNDS, SKIES, _draw, render
 from scaleweaver.toybox.scene import Camera, Person, Scene, Thing
 
 CAMERA = Camera(height=1.5, pitch=0.22, focal=2.4, distance=4.5)
@@ -147,7 +146,7 @@ def test_a_picture_depends_on_its_scene_alone():
     assert torch.equal(together.image[3], again.image[0])
     assert torch.equal(together.depth[3], again.depth[0])
     # the batched path, as on a GPU, draws the same
-    batched = renderer._draw(scenes, 48, 2, torch.device("cpu"))
+    batched = _draw(scenes, 48, 2, torch.device("cpu"))
     assert torch.equal(batched.ids, together.ids)
     assert (batched.image - together.image).abs().max() < 1e-4
     assert np.allclose(batched.keypoints[2], together.keypoints[2])

@@ -30,7 +30,9 @@ TRAIN = [sample_scene("train", i) for i in range(300)]
 
 
 def thing(x: float, y: float, z: float = 0.0, **changes) -> Thing:
-    return Thing(**({"kind": "cube", "color": "red", "size": "medium", "finish": "matte"} | changes), x=x, y=y, z=z, yaw=0.0)
+    return Thing(
+        **({"kind": "cube", "color": "red", "size": "medium", "finish": "matte"} | changes), x=x, y=y, z=z, yaw=0.0
+    )
 
 
 def scene_of(*items: Thing | Person) -> Scene:
@@ -40,20 +42,24 @@ def scene_of(*items: Thing | Person) -> Scene:
 def test_a_scene_depends_on_split_index_and_version_alone():
     for split in SPLITS:
         assert sample_scene(split, 7) == sample_scene(split, 7)
-    scenes = [sample_scene(split, index, version=version) for split in SPLITS for index in (0, 1, 2) for version in (1, 2)]
+    scenes = [
+        sample_scene(split, index, version=version) for split in SPLITS for index in (0, 1, 2) for version in (1, 2)
+    ]
     assert len(set(scenes)) == len(scenes)
     assert sample_scene("train", 2**40) != sample_scene("train", 2**40 + 1)
 
 
 def test_scenes_are_the_same_in_another_process():
     code = "from scaleweaver.toybox.scene import sample_scene; print(sample_scene('val', 5))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == str(
-        sample_scene("val", 5)
-    )
+    assert subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip() == str(sample_scene("val", 5))
 
 
 def test_held_out_pairs_appear_in_their_split_only():
-    pairs = [(color, kind) for color in COLORS for kind in KINDS] + [(pose, color) for pose in POSES for color in COLORS]
+    pairs = [(color, kind) for color in COLORS for kind in KINDS] + [
+        (pose, color) for pose in POSES for color in COLORS
+    ]
     assert 0.02 < np.mean([is_held_out(*pair) for pair in pairs]) < 0.09
     # every colour, kind and pose is still learnt from other combinations
     assert all(not all(is_held_out(color, kind) for color in COLORS) for kind in KINDS)
@@ -127,7 +133,8 @@ def test_the_mix_of_scenes():
     alone = [len(scene.items) for scene in TRAIN if isinstance(scene.items[0], Thing)]
     assert 0.35 < np.mean(np.array(alone) == 1) < 0.56 and 0.05 < np.mean(np.array(alone) == 3) < 0.25
     assert {scene.ground for scene in TRAIN} == set(GROUNDS) and {scene.sky for scene in TRAIN} == set(SKIES)
-    assert {item.kind for scene in TRAIN for item in scene.items if isinstance(item, Thing)} == set(KINDS)
+    assert {item.kind for scene in TRAIN for item in scene.items if isinstance(item, Thing)} == set(compose.WORLD)
+    assert set(compose.WORLD) <= set(KINDS)
     assert {relation for scene in TRAIN for _, relation, _ in relations(scene)} == {
         "left of",
         "right of",
@@ -149,7 +156,9 @@ def test_attributes_tell_the_scene_in_json():
         assert [tuple(link) for link in facts["relations"]] == relations(scene)
 
 
-@pytest.mark.parametrize(("split", "index", "says"), [("trian", 0, "train, val, test"), ("train", -1, "not be negative")])
+@pytest.mark.parametrize(
+    ("split", "index", "says"), [("trian", 0, "train, val, test"), ("train", -1, "not be negative")]
+)
 def test_bad_arguments_are_told(split, index, says):
     with pytest.raises(ValueError, match=says):
         sample_scene(split, index)

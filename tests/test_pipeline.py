@@ -1,0 +1,542 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_backbone, tiny_schedule, tiny_vae
+from tiny_pipeline import add_tiny_control, tiny_pipeline
+from torch import Tensor
+
+from scaleweaver.contracts import Control, Route, SamplerState
+from scaleweaver.metadata import read_settings
+from scaleweaver.pipeline import VARControlPipeline, auto_dtype, read_dtype
+from scaleweaver.sampling import BitwiseSampler
+from scaleweaver.schedule import ScaleSchedule, ScaleStep
+
+PROMPT = "a red cube on grass"
+
+
+def edges(seed: int = 0, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    """Random black and white lines, width x height."""
+    width, height = size
+    return Image.fromarray((np.random.default_rng(seed).random((height, width)) < 0.3).astype(np.uint8) * 255)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> VARControlPipeline:
+    return tiny_pipeline("canny", "depth")
+
+
+@pytest.fixture(scope="module")
+def folder(pipe: VARControlPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved")
+    pipe.save_pretrained(path)
+    return path
+
+
+def latent(pipe: VARControlPipeline, prompt: Any = PROMPT, **arguments: Any) -> Tensor:
+    return pipe(prompt, **{"seed": 1, "output_type": "latent", **arguments}).latent
+
+
+# pictures and their settings
+
+
+def test_one_call(pipe: VARControlPipeline) -> None:
+    out = pipe(PROMPT, seed=5, num_images_per_prompt=2)
+    assert out.seeds == [5, 6] and len(out.images) == 2
+    assert all(image.size == (32, 32) and image.mode == "RGB" for image in out.images)
+    assert [codes.shape for codes in out.codes] == [(2, step.n, 12) for step in tiny_schedule()]
+    assert not np.array_equal(np.asarray(out.images[0]), np.asarray(out.images[1]))
+    out.latent.requires_grad_()  # an ordinary tensor, not one of inference mode
+
+
+def test_a_saved_picture_can_be_made_again(pipe: VARControlPipeline, tmp_path: Path) -> None:
+    out = pipe(
+        ["a red ball", "a tree"], num_images_per_prompt=2, guidance_scale=[1, 2, 3, 4], temperature=0.7, top_p=0.9
+    )
+    out.images[3].save(tmp_path / "x.png")
+    settings = read_settings(tmp_path / "x.png")
+    assert settings["prompt"] == "a tree" and settings["seed"] == out.seeds[3] and settings == out.settings[3]
+    again = pipe(settings.pop("prompt"), **settings).images[0]
+    assert np.array_equal(np.asarray(again), np.asarray(out.images[3]))
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe: VARControlPipeline) -> None:
+    prompts = ["a red cube", "", "a small green house on grass"]
+    batch = pipe(prompts, seed=[4, 4, 9], control={"canny": edges()})
+    for row, seed in enumerate([4, 4, 9]):
+        single = pipe(prompts[row], seed=seed, control={"canny": edges()})
+        assert all(torch.equal(one[0], many[row]) for one, many in zip(single.codes, batch.codes, strict=True))
+        assert np.array_equal(np.asarray(single.images[0]), np.asarray(batch.images[row]))
+
+
+def test_fresh_seeds_and_generators(pipe: VARControlPipeline) -> None:
+    one, two = pipe(PROMPT), pipe(PROMPT)
+    assert one.seeds != two.seeds
+    assert torch.equal(latent(pipe, seed=one.seeds), one.latent)
+    assert torch.equal(
+        latent(pipe, seed=None, generator=torch.Generator().manual_seed(1)),
+        latent(pipe, seed=None, generator=torch.Generator().manual_seed(1)),
+    )
+    assert torch.equal(latent(pipe, seed=None, generator=[torch.Generator().manual_seed(1)]), latent(pipe))
+
+
+def test_output_types(pipe: VARControlPipeline) -> None:
+    pil = np.asarray(pipe(PROMPT, seed=1).images[0])
+    array = pipe(PROMPT, seed=1, output_type="np").images
+    tensor = pipe(PROMPT, seed=1, output_type="pt").images
+    assert array.shape == (1, 32, 32, 3) and tensor.shape == (1, 3, 32, 32)
+    assert array.min() >= 0 and array.max() <= 1
+    assert np.array_equal(np.round(array[0] * 255).astype(np.uint8), pil)
+    assert torch.equal(tensor.permute(0, 2, 3, 1), torch.from_numpy(array))
+    out = pipe(PROMPT, seed=1, output_type="latent")
+    assert torch.equal(out.images, out.latent) and out.latent.shape == (1, 3, 8, 8)
+    images, seeds, *_ = pipe(PROMPT, seed=1, return_dict=False)
+    assert seeds == [1] and np.array_equal(np.asarray(images[0]), pil)
+
+
+def test_callback_sees_every_scale(pipe: VARControlPipeline) -> None:
+    seen: list[tuple[int, Any]] = []
+
+    def callback(given: Any, index: int, step: ScaleStep, kwargs: dict[str, Any]) -> None:
+        assert given is pipe and step.index == index
+        seen.append((index, kwargs["preview"]))
+
+    out = pipe(PROMPT, seed=1, num_images_per_prompt=2, callback_on_step_end=callback)
+    assert [index for index, _ in seen] == [0, 1, 2, 3]
+    pictures = [preview() for _, preview in seen]  # each is bound to its own scale, also afterwards
+    assert all(len(images) == 2 and images[0].size == (32, 32) for images in pictures)
+    assert np.array_equal(np.asarray(pictures[-1][1]), np.asarray(out.images[1]))
+    assert not np.array_equal(np.asarray(pictures[0][1]), np.asarray(out.images[1]))
+
+
+def test_stop_after_and_forced_codes(pipe: VARControlPipeline) -> None:
+    full = pipe(PROMPT, seed=1)
+    short = pipe(PROMPT, seed=1, stop_after=2)
+    assert len(short.codes) == 2 and all(map(torch.equal, short.codes, full.codes[:2]))
+    assert short.settings[0]["stop_after"] == 2
+    other = pipe(PROMPT, seed=2, forced=full.codes)
+    assert torch.equal(other.latent, full.latent) and other.seeds == [2]
+
+
+# text and numbers
+
+
+def test_prompt_embeds_replace_the_text_encoder(pipe: VARControlPipeline) -> None:
+    bare = VARControlPipeline(
+        pipe.transformer, pipe.vae, schedule=tiny_schedule().to_dict(), temperature=1.0, top_p=0.0
+    )
+    bare.set_progress_bar_config(disable=True)
+    features = pipe.encode_prompt([PROMPT, "a"])
+    assert features.lengths == (6, 2)
+    assert torch.equal(latent(bare, None, prompt_embeds=features), latent(pipe, [PROMPT, "a"]))
+    assert torch.equal(latent(bare, None, prompt_embeds=features.features[None, :6]), latent(pipe))
+    with pytest.raises(ValueError, match="no text encoder, so prompt"):
+        bare(PROMPT)
+    with pytest.raises(ValueError, match="no text encoder, so negative_prompt"):
+        bare(prompt_embeds=features, negative_prompt="red")
+
+
+def test_numbers_of_a_call_and_of_the_model(pipe: VARControlPipeline) -> None:
+    plain = latent(pipe)
+    assert torch.equal(latent(pipe, guidance_scale=3.0, temperature=np.float32(1.0)), plain)
+    assert torch.equal(latent(pipe, guidance_scale=torch.tensor([3.0] * 4)), plain)
+    assert torch.equal(latent(tiny_pipeline(guidance_scale=1.5)), latent(pipe, guidance_scale=1.5))
+    assert torch.equal(latent(pipe, sampler=BitwiseSampler(top_k=1)), latent(pipe, top_k=1))
+    for changed in ({"guidance_scale": 1}, {"guidance_scale": [3, 3, 1, 1]}, {"negative_prompt": "tree"}, {"top_k": 1}):
+        assert not torch.equal(latent(pipe, **changed), plain)
+    per_prompt = latent(pipe, ["a", "a"], negative_prompt=["red", "tree"], seed=[1, 1])
+    assert torch.equal(per_prompt[1:], latent(pipe, "a", negative_prompt="tree"))
+
+
+# sizes
+
+
+def test_a_size_the_model_does_not_have(pipe: VARControlPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    assert pipe(PROMPT, height=40, width=24).images[0].size == (32, 32)
+    assert "24x40 is no size of this model: drawing 32x32" in caplog.text
+    caplog.clear()
+    pipe(PROMPT, height=32, width=32)
+    assert not caplog.text
+
+
+def test_templates() -> None:
+    vae = type(tiny_vae())(
+        bits=3, stride=8, widths=(8, 8, 8, 8), patch=2, encoder_blocks=1, decoder_blocks=1, norm_groups=4
+    )
+    text = tiny_pipeline()
+    pipe = VARControlPipeline(
+        tiny_backbone(),
+        vae.eval(),
+        text.text_encoder,
+        text.tokenizer,
+        schedule={"family": "infinity", "budget": "0.06M"},
+    )
+    add_tiny_control(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a", stop_after=1).images[0].size == (256, 256)
+    assert pipe("a", stop_after=1, height=200, width=420).images[0].size == (352, 176)
+    # without a size the control's aspect decides
+    assert pipe("a", stop_after=1, control={"canny": edges(size=(300, 150))}).images[0].size == (352, 176)
+
+
+def test_own_schedule(pipe: VARControlPipeline) -> None:
+    wide = ScaleSchedule(((1, 1), (2, 4)), position_grid=(4, 4), stride=8)
+    out = pipe(PROMPT, seed=1, schedule=wide)
+    assert out.images[0].size == (32, 16)
+    assert torch.equal(latent(pipe, schedule=out.settings[0]["schedule"]), out.latent)
+    assert latent(pipe, schedule=wide, control={"canny": edges()}).shape == (1, 3, 4, 8)
+
+
+# control
+
+
+def test_controls_act(pipe: VARControlPipeline) -> None:
+    plain = latent(pipe)
+    canny = latent(pipe, control={"canny": edges()})
+    assert not torch.equal(canny, plain)
+    assert not torch.equal(canny, latent(pipe, control={"depth": edges()}))
+    assert not torch.equal(canny, latent(pipe, control={"canny": edges(1)}))
+    assert not torch.equal(canny, latent(pipe, control=Control("canny", edges(), scale=0.5)))
+
+
+@pytest.mark.parametrize(
+    "off", [{"scale": 0}, {"scale": [0, 0, 0, 0]}, {"start": 0.5, "end": 0.5}, {"mask": Image.new("L", (8, 8))}]
+)
+def test_a_control_switched_off_changes_nothing(pipe: VARControlPipeline, off: dict[str, Any]) -> None:
+    assert torch.equal(latent(pipe, control=Control("canny", edges(), **off)), latent(pipe))
+
+
+def test_ways_to_say_the_same(pipe: VARControlPipeline, tmp_path: Path) -> None:
+    edges().save(tmp_path / "e.png")
+    expected = latent(pipe, control={"canny": edges()})
+    array = np.asarray(edges().convert("RGB"))
+    same: list[Any] = [
+        Control("canny", edges()),
+        [Control("canny", array)],
+        {"canny": tmp_path / "e.png"},
+        {"canny": Control("anything", [edges()])},
+        {"canny": torch.from_numpy(array.copy()).permute(2, 0, 1)},
+        {"canny": Control("canny", edges(), scale=[1.0] * 4, mask=np.ones((5, 5)))},
+    ]
+    for control in same:
+        assert torch.equal(latent(pipe, control=control), expected)
+
+
+def test_window_follows_the_rule_of_diffusers(pipe: VARControlPipeline) -> None:
+    windowed = latent(pipe, control=Control("canny", edges(), start=0.25, end=0.75))
+    assert torch.equal(windowed, latent(pipe, control=Control("canny", edges(), scale=[0, 1, 1, 0])))
+
+
+def test_several_controls_in_any_order(pipe: VARControlPipeline) -> None:
+    one, two = Control("canny", edges(), scale=0.5), Control("depth", edges(1))
+    both = pipe(PROMPT, seed=1, control=[one, two])
+    torch.testing.assert_close(both.latent, latent(pipe, control=[two, one]))
+    assert not torch.equal(both.latent, latent(pipe, control=one))
+    assert [entry["kind"] for entry in both.settings[0]["control"]] == ["canny", "depth"]
+
+
+def test_an_encoded_control_serves_all_prompts_and_seeds(pipe: VARControlPipeline) -> None:
+    encoded = pipe.encode_control(edges(), "canny")
+    prompts = ["a red cube", "a tree"]
+    expected = latent(pipe, prompts, num_images_per_prompt=2, control={"canny": edges()})
+    assert torch.equal(latent(pipe, prompts, num_images_per_prompt=2, control={"canny": encoded}), expected)
+    assert torch.equal(latent(pipe, "a tree", seed=3, control={"canny": encoded}), expected[2:3])
+    wide = pipe.encode_control(edges(), "canny", schedule=ScaleSchedule(((1, 1), (2, 4)), (4, 4), 8))
+    with pytest.raises(ValueError, match="was encoded for 32x16, the picture is 32x32"):
+        pipe(PROMPT, control={"canny": wide})
+    with pytest.raises(ValueError, match='encoded as "canny"'):
+        pipe(PROMPT, control={"depth": encoded})
+
+
+def test_one_control_image_per_prompt(pipe: VARControlPipeline) -> None:
+    images = [edges(0), edges(1)]
+    both = latent(pipe, ["a red cube", "a tree"], control={"canny": images}, num_images_per_prompt=2)
+    assert torch.equal(both[:2], latent(pipe, "a red cube", control={"canny": images[0]}, num_images_per_prompt=2))
+    assert torch.equal(both[2:], latent(pipe, "a tree", seed=3, control={"canny": images[1]}, num_images_per_prompt=2))
+    with pytest.raises(ValueError, match="2 images for 3 prompts; pass 1 or 3"):
+        pipe(["a", "a", "a"], control={"canny": images})
+
+
+def test_a_control_of_another_size_meets_the_resize_rule(
+    pipe: VARControlPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    big = edges().resize((64, 64), Image.Resampling.NEAREST)
+    assert torch.equal(latent(pipe, control={"canny": big}), latent(pipe, control={"canny": edges()}))
+    assert not caplog.text
+    wide = edges(size=(64, 32))
+    crop = latent(pipe, control={"canny": wide})
+    assert 'control "canny" is 64x32 but the picture 32x32' in caplog.text and 'resize="pad"' in caplog.text
+    assert torch.equal(crop, latent(pipe, control={"canny": wide.crop((16, 0, 48, 32))}))
+    caplog.clear()
+    assert not torch.equal(latent(pipe, control=Control("canny", wide, resize="pad")), crop)
+    stretched = wide.resize((32, 32), Image.Resampling.NEAREST)
+    assert torch.equal(
+        latent(pipe, control=Control("canny", wide, resize="stretch")), latent(pipe, control={"canny": stretched})
+    )
+    assert not caplog.text
+
+
+def test_control_guidance(pipe: VARControlPipeline) -> None:
+    control = {"canny": edges()}
+    plain = latent(pipe, control=control)
+    assert torch.equal(latent(pipe, control=control, control_guidance_scale=1.0), plain)
+    strong = pipe(PROMPT, seed=1, control=control, control_guidance_scale=2.0)
+    assert not torch.equal(strong.latent, plain) and strong.settings[0]["control_guidance_scale"] == 2.0
+
+
+def test_an_adapter_that_reads_the_prompt() -> None:
+    pipe = tiny_pipeline()
+    add_tiny_control(pipe, condition_modulation="text")
+    encoded = pipe.encode_control([edges(0), edges(1)], "canny")
+    both = latent(pipe, ["a red cube", "a tree"], control={"canny": encoded}, num_images_per_prompt=2)
+    single = latent(pipe, "a tree", seed=3, control={"canny": edges(1)}, num_images_per_prompt=2)
+    torch.testing.assert_close(both[2:], single)
+    assert not torch.equal(single, latent(pipe, "a tree", seed=3, num_images_per_prompt=2))
+
+
+def test_loading_and_unloading(folder: Path, pipe: VARControlPipeline) -> None:
+    other = tiny_pipeline()
+    plain = latent(other)
+    assert other.available_controls == ()
+    assert other.load_control(folder / "controls" / "canny") == "canny"
+    assert other.load_control(folder, "depth") == "depth"
+    assert other.load_control(folder / "controls" / "canny", "again") == "again"
+    assert other.available_controls == ("canny", "depth", "again")
+    assert torch.equal(latent(other, control={"again": edges()}), latent(pipe, control={"canny": edges()}))
+    assert torch.equal(latent(other), plain)
+    with pytest.raises(ValueError, match="already loaded"):
+        other.load_control(folder / "controls" / "canny")
+    with pytest.raises(ValueError, match="holds the controls canny, depth"):
+        other.load_control(folder)
+    with pytest.raises(ValueError, match=r"no control_config\.json"):
+        other.load_control(folder / "vae")
+    for name in ("canny", "depth", "again"):
+        other.unload_control(name)
+    with pytest.raises(ValueError, match='"canny" is not loaded; there is none'):
+        other.unload_control("canny")
+    assert torch.equal(latent(other), plain)
+    assert set(other.transformer.state_dict()) == set(tiny_backbone().state_dict())
+
+
+# parts of the loop
+
+
+class Pick:
+    """Goes on with fixed rows after the second scale."""
+
+    def __init__(self, *rows: int) -> None:
+        self.rows = rows
+
+    def select(self, state: SamplerState, step: ScaleStep) -> Tensor | None:
+        return torch.tensor(self.rows) if step.index == 1 else None
+
+    def __repr__(self) -> str:
+        return f"Pick{self.rows}"
+
+
+def test_search_survivors_keep_their_prompt_and_seed(pipe: VARControlPipeline) -> None:
+    out = pipe(["a red cube", "a tree"], seed=1, num_images_per_prompt=2, search=Pick(3, 0))
+    everyone = pipe(["a red cube", "a tree"], seed=1, num_images_per_prompt=2)
+    assert out.seeds == [4, 1]
+    assert [entry["prompt"] for entry in out.settings] == ["a tree", "a red cube"]
+    assert out.settings[0]["search"] == "Pick(3, 0)"
+    assert torch.equal(out.latent, everyone.latent[[3, 0]])
+
+
+def test_a_router_with_another_network(pipe: VARControlPipeline) -> None:
+    class Alternate:
+        networks = (pipe.transformer, tiny_backbone(5))
+
+        def route(self, step: ScaleStep) -> Route:
+            return Route(self.networks[step.index % 2])
+
+    mixed = latent(pipe, router=Alternate(), control={"canny": edges()})
+    assert mixed.shape == (1, 3, 8, 8) and not torch.equal(mixed, latent(pipe, control={"canny": edges()}))
+
+
+# saving, loading, devices
+
+
+def test_round_trip(folder: Path, pipe: VARControlPipeline) -> None:
+    loaded = VARControlPipeline.from_pretrained(folder)
+    assert loaded.available_controls == ("canny", "depth")
+    for control in (None, {"canny": edges()}, {"depth": edges()}):
+        assert torch.equal(latent(loaded, control=control), latent(pipe, control=control))
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["transformer"] == ["scaleweaver.backbones.infinity", "InfinityTransformer"]
+    assert not list(folder.rglob("*.bin"))
+    assert loaded(PROMPT).settings[0]["model"] == str(folder)
+
+
+def test_saving_shows_the_plain_backbone_and_leaves_the_controls_on(folder: Path, pipe: VARControlPipeline) -> None:
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert set(saved) == set(tiny_backbone().state_dict())
+    assert not torch.equal(latent(pipe, control={"canny": edges()}), latent(pipe))
+
+
+def test_a_control_left_over_in_the_folder_is_named(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = VARControlPipeline.from_pretrained(folder)
+    loaded.save_pretrained(tmp_path)
+    assert not caplog.text
+    loaded.unload_control("depth")
+    loaded.save_pretrained(tmp_path)
+    assert "controls that this pipeline has not: depth" in caplog.text
+
+
+def test_shards(pipe: VARControlPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 2
+    assert torch.equal(latent(VARControlPipeline.from_pretrained(tmp_path)), latent(pipe))
+
+
+def test_model_card(folder: Path, tmp_path: Path) -> None:
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: scaleweaver\n") and "- canny" in card and "32x32" in card
+    (folder / "README.md").write_text(card + "\nMade by me.\n")
+    try:
+        VARControlPipeline.from_pretrained(folder).save_pretrained(tmp_path)
+    finally:
+        (folder / "README.md").write_text(card)
+    assert (
+        (tmp_path / "README.md").read_text().endswith("Made by me.\n")
+    )  # a card that came with the model stays with it
+
+
+def test_dtypes(folder: Path) -> None:
+    half = VARControlPipeline.from_pretrained(folder, dtype="bfloat16")
+    assert half.vae.dtype == half.text_encoder.dtype == torch.bfloat16
+    assert half.transformer.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    assert half.controls["canny"].type_embed.dtype == torch.bfloat16
+    assert latent(half, control={"canny": edges()}).isfinite().all()
+    half.to(torch.float32)
+    assert half.controls["canny"].type_embed.dtype == half.vae.dtype == torch.float32
+    assert VARControlPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).vae.dtype == torch.bfloat16
+    assert VARControlPipeline.from_pretrained(folder, dtype="auto").vae.dtype == auto_dtype()
+    with pytest.raises(ValueError, match="pass dtype alone"):
+        VARControlPipeline.from_pretrained(folder, dtype="auto", torch_dtype=torch.float32)
+    for bad in ("float99", "int64", 3):
+        with pytest.raises(ValueError, match="dtype="):
+            read_dtype(bad)  # type: ignore[arg-type]
+
+
+def test_components_and_defaults_can_be_given(folder: Path) -> None:
+    vae = tiny_vae(7)
+    loaded = VARControlPipeline.from_pretrained(folder, vae=vae, guidance_scale=1.5)
+    assert loaded.vae is vae and loaded(PROMPT).settings[0]["guidance_scale"] == 1.5
+    bare = VARControlPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
+    assert bare.text_encoder is None
+
+
+def test_offloading(folder: Path, pipe: VARControlPipeline) -> None:
+    # without an accelerator the hooks offload from the CPU to the CPU: the same path, nothing to gain
+    loaded = VARControlPipeline.from_pretrained(folder)
+    loaded.enable_model_cpu_offload(device="cpu")
+    control = {"canny": edges()}
+    previews: list[Any] = []
+    for _ in range(2):
+        drawn = latent(
+            loaded, control=control, callback_on_step_end=lambda *given: previews.append(given[3]["preview"]())
+        )
+        assert torch.equal(drawn, latent(pipe, control=control))
+    assert len(previews) == 8
+
+
+def test_progress_bar(pipe: VARControlPipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe.set_progress_bar_config(disable=False)
+    try:
+        pipe(PROMPT)
+    finally:
+        pipe.set_progress_bar_config(disable=True)
+    assert "4/4" in capsys.readouterr().err
+
+
+# what callers get wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompt": None}, "pass either prompt or prompt_embeds"),
+        ({"prompt": []}, "at least one string"),
+        ({"prompt": [3]}, "pass strings"),
+        ({"height": 32}, "pass both or none"),
+        ({"height": 0, "width": 32}, "height is 0"),
+        ({"height": 32.5, "width": 32}, "whole number of pixels"),
+        ({"schedule": "big"}, "pass a ScaleSchedule"),
+        ({"schedule": tiny_schedule(), "height": 64, "width": 64}, "draws 32x32, not 64x64"),
+        ({"schedule": ScaleSchedule(((1, 1),), (4, 4), stride=16)}, "16 pixels per token"),
+        ({"guidance_scale": "high"}, "guidance_scale is 'high'"),
+        ({"guidance_scale": [1, 2]}, "2 values but there are 4 scales"),
+        ({"guidance_scale": float("nan")}, "finite"),
+        ({"temperature": 0}, "above 0"),
+        ({"temperature": [[1.0]]}, "shape"),
+        ({"top_p": 2}, "top_p from 0 to 1"),
+        ({"top_p": [0.5] * 4}, "shape"),
+        ({"top_k": 1.5}, "whole number"),
+        ({"num_images_per_prompt": 0}, "at least 1"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"seed": [1, 2]}, "2 seeds for 1 images"),
+        ({"output_type": "jpeg"}, '"pil", "np", "pt" or "latent"'),
+        ({"callback_on_step_end": 3}, "pass a function"),
+        ({"stop_after": 9}, "1 to 4"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"control_guidance_scale": 2}, "without a control"),
+        ({"control": edges()}, 'pass {"canny": image}'),
+        ({"control": {"pose": edges()}}, 'control "pose" is not loaded; there is canny, depth'),
+        ({"control": {"canny": None}}, 'control "canny" image is a NoneType'),
+        ({"control": {"canny": []}}, "empty list"),
+        ({"control": {"canny": "nowhere.png"}}, "no file 'nowhere.png'"),
+        ({"control": Control("canny", edges(), resize="fill")}, "resize='fill'"),
+        ({"control": Control("canny", edges(), scale=[1.0])}, 'control "canny": .*1 values for 4 scales'),
+        ({"control": Control("canny", edges(), scale=-1)}, "negative"),
+        ({"control": Control("canny", edges(), start=0.8, end=0.2)}, "start <= end"),
+        ({"control": Control("canny", edges(), mask=np.full((4, 4), np.nan))}, 'mask of control "canny" holds NaN'),
+    ],
+)
+def test_mistakes_are_explained(pipe: VARControlPipeline, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        pipe(**{"prompt": PROMPT, **arguments})
+
+
+def test_mistakes_are_found_before_any_network_runs(pipe: VARControlPipeline) -> None:
+    def refuse(*given: Any) -> None:
+        raise AssertionError("a network ran")
+
+    handles = [part.register_forward_pre_hook(refuse) for part in (pipe.text_encoder, pipe.transformer)]
+    wrong: list[Callable[[], Any]] = [
+        lambda: pipe(PROMPT, control={"canny": "nowhere.png"}),
+        lambda: pipe(PROMPT, guidance_scale=[1, 2]),
+        lambda: pipe(PROMPT, seed=-1),
+        lambda: pipe(PROMPT, control=Control("canny", edges(), scale=[1.0])),
+    ]
+    try:
+        for call in wrong:
+            with pytest.raises(ValueError):
+                call()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_parts_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="12 bits per token, the transformer 9"):
+        VARControlPipeline(tiny_backbone(bits=9), tiny_vae())
+
+
+def test_missing_models(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"holds no model_index.json \(found: notes.txt\)"):
+        VARControlPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a file"):
+        tiny_pipeline().save_pretrained(tmp_path / "notes.txt")
