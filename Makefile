@@ -12,7 +12,7 @@ CONTROL ?= canny=examples/canny.png
 SEED ?= 7
 OUT ?= out/generate.png
 COUNT ?= 1000
-RECIPE ?= recipes/toybox/control.yaml
+RECIPE ?= recipes/toybox/canny.yaml
 
 .PHONY: help generate test lint render train clean
 

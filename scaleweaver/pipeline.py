@@ -434,7 +434,7 @@ def auto_dtype() -> torch.dtype:
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        found = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch we run on
+        found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch we run on
         fast = bool(found.get("amx_bf16") or found.get("avx512_bf16"))
     return torch.bfloat16 if fast else torch.float32
 

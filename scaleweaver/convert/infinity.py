@@ -161,7 +161,7 @@ def load_text_encoder(source: str | os.PathLike[str], width: int, dtype: torch.d
         found = T5Config.from_pretrained(name).d_model
         if found == width:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            encoder, report = T5EncoderModel.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
+            loaded: Any = T5EncoderModel.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the text encoder {name!r} could not be loaded ({str(error).splitlines()[0]}); pass a folder that holds "
@@ -172,6 +172,7 @@ def load_text_encoder(source: str | os.PathLike[str], width: int, dtype: torch.d
             f"the text encoder {name!r} is {found} wide and the transformer reads {width}; pass the one it was trained "
             "with (google/flan-t5-xl for the published models)"
         )
+    encoder, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"the text encoder {name!r} lacks {', '.join(missing[:20])} ({len(missing)} in all)")
     return {"text_encoder": encoder.eval().requires_grad_(False), "tokenizer": tokenizer}

@@ -1,5 +1,4 @@
-"""Does a picture show what its prompt asks for? A small detector for the built-in world, and scores made of what it
-finds.
+"""Does a picture show what its prompt asks for? A small detector for the built-in world, and scores of what it finds.
 
 Objects as Points (arXiv 1904.07850): one heat map per kind on a grid of 8-pixel cells whose peaks are the things found;
 colour, pose and the place of the base are read at the peak, so two things of one kind stay two.

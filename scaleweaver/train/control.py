@@ -22,6 +22,7 @@ from scaleweaver.evaluate.control import canny_f1
 from scaleweaver.methods.scaleweaver import ControlAdapter, ScaleWeaverConfig, encode
 from scaleweaver.pipeline import VARControlPipeline
 from scaleweaver.reference import ReferenceInjector
+from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.train.backbone import encode_text
 from scaleweaver.train.data import (
     Pixels,
@@ -44,7 +45,7 @@ class ControlLoss(nn.Module):
         super().__init__()
         self.transformer, self.text_encoder, self.vae = pipe.transformer, pipe.text_encoder, pipe.vae
         self.adapter, self.name, self.strength = adapter, name, strength
-        self.schedule = pipe.default_schedule
+        self.schedule = ScaleSchedule.from_dict(pipe.config["schedule"])
 
     def forward(self, batch: Mapping[str, Tensor], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         target, schedule = self.vae.target, self.schedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,26 @@ from torch import Tensor
 
 from scaleweaver.tokenizers.bsq import BSQTokenizer
 from scaleweaver.toybox.drawing import draw_skeleton
-from scaleweaver.toybox.store import RenderStore
+from scaleweaver.toybox.store import RenderStore, cache_renders
 
 Pixels = NDArray[np.uint8]
+Source = str | Mapping[str, Any]
 
 
 class Renders:
-    """Pictures of one or several render stores as one list: those that were complete when it was made."""
+    """Pictures of one or several render stores as one list: those that were complete when it was made.
 
-    def __init__(self, folders: str | Sequence[str]):
-        self.stores = [RenderStore(f) for f in ([folders] if isinstance(folders, str) else folders)]
+    A source is the folder of a store, or the arguments of `cache_renders` ({path, split, count, ...}) which then renders
+    what is still missing.
+    """
+
+    def __init__(self, sources: Source | Sequence[Source]):
+        listed = [sources] if isinstance(sources, (str, Mapping)) else sources
+        self.stores = [RenderStore(s) if isinstance(s, str) else cache_renders(**s) for s in listed]
         self.counts = [len(s) for s in self.stores]
         if not sum(self.counts):
             raise ValueError(
-                f"{folders} holds no finished picture; make it with scaleweaver.toybox.store.cache_renders"
+                f"{sources} holds no finished picture; give path, split and count as in recipes/toybox to render it"
             )
 
     def __len__(self) -> int:

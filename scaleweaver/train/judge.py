@@ -90,7 +90,7 @@ class JudgeLoss(nn.Module):
 
 
 def focal(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Penalty-reduced focal loss (equation 1) per centre; `wanted` (B, K, h, w) is 1 at centres and falls off around."""
+    """Penalty-reduced focal loss (equation 1) per centre; `wanted` (B, K, h, w) is 1 at centres, less around them."""
     p = logits.sigmoid()
     centre = wanted == 1
     hit = -F.logsigmoid(logits) * (1 - p) ** 2
