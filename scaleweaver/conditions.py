@@ -162,7 +162,7 @@ def make_generators(
         seeds: list[int] = drawn.tolist()
     elif seed is None:
         seeds = [secrets.randbelow(2**32) for _ in range(count)]
-    elif isinstance(seed, Iterable):
+    elif isinstance(seed, Iterable) and not isinstance(seed, str):
         seeds = _exactly(list(seed), count, "seeds")
     else:
         seeds = [_whole(seed) + i for i in range(count)]

@@ -82,6 +82,7 @@ class Injection(NamedTuple):
     attended: Tensor  # (R, H, L, D), goes on to the output projection
     before_gate: Tensor | None = None  # (R, L, C), added to the projected output, inside the AdaLN gate
     after_gate: Tensor | None = None  # (R, L, C), added to the residual stream outside the gate
+    lse: Tensor | None = None  # (R, H, L) of `attended` where the injector changed it; the next injector merges with this
 
 
 @runtime_checkable

@@ -224,7 +224,8 @@ class ReferenceInjector:
         mask = reference_mask(steps, self.reader.scope, q.device)
         out, out_lse = attend(readers.to(v.dtype), k, v, mask=mask, return_lse=joint)  # (R, H, L, D)
         if joint:
-            return Injection(self._join(attended, lse, out, out_lse, weight, seen))
+            merged, merged_lse = self._join(attended, lse, out, out_lse, weight, seen)
+            return Injection(merged, lse=merged_lse)
         branch = weight[..., None].to(out.dtype) * self.reader.project(layer, out)  # (R, L, C)
         if seen is not None:  # blind rows receive nothing
             branch = branch.new_zeros(q.shape[0], *branch.shape[1:]).index_copy(0, seen, branch)  # (R, L, C)
@@ -234,14 +235,15 @@ class ReferenceInjector:
     @staticmethod
     def _join(
         attended: Tensor, lse: Tensor | None, out: Tensor, out_lse: Tensor | None, weight: Tensor, seen: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         if lse is None or out_lse is None:
             raise ValueError("joint attention needs the log-sum-exp of the plain attention; ask needs_lse() first")
         # the strength multiplies the exponentials of the reference, so 0 leaves the plain attention
         out_lse = out_lse + weight.log()[:, None]  # (R, H, L)
         if seen is None:
-            return merge(attended, lse, out, out_lse)[0]
-        return attended.index_copy(0, seen, merge(attended[seen], lse[seen], out, out_lse)[0])
+            return merge(attended, lse, out, out_lse)
+        merged, merged_lse = merge(attended[seen], lse[seen], out, out_lse)
+        return attended.index_copy(0, seen, merged), lse.index_copy(0, seen, merged_lse)
 
     def _rows(self, rows: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Row indices into the bank, the weights and the call, of those rows that read the reference."""

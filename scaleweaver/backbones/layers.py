@@ -167,9 +167,10 @@ class Block(nn.Module):
         attended, lse = cache.attend(layer, steps, q, k, v, return_lse=wants_lse)  # (R, H, L, D)
         inside, outside = [], []
         for injector in injectors:
-            attended, before_gate, after_gate = injector.inject(layer, steps, q, attended, lse)
-            inside += [] if before_gate is None else [before_gate]
-            outside += [] if after_gate is None else [after_gate]
+            injection = injector.inject(layer, steps, q, attended, lse)
+            attended, lse = injection.attended, lse if injection.lse is None else injection.lse
+            inside += [] if injection.before_gate is None else [injection.before_gate]
+            outside += [] if injection.after_gate is None else [injection.after_gate]
         x = torch.addcmul(x, self._drop(gamma1), sum(inside, self.attn.output(attended)))
         x = sum(outside, x)
         x = x + self.cross(self._cross_norm(x), text.keys[layer], text.values[layer], text.mask)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from scaleweaver.toybox.drawing import depth_map, draw_skeleton, ids_map
     from scaleweaver.toybox.folder import write_folder
-    from scaleweaver.toybox.render import Frames, render
+    from scaleweaver.toybox.render import Frames
     from scaleweaver.toybox.scene import Camera, Person, Scene, Thing, attributes, relations, sample_scene
     from scaleweaver.toybox.store import RenderStore, cache_renders
 
@@ -44,7 +44,6 @@ _MODULE_OF = {
     "draw_skeleton": "drawing",
     "ids_map": "drawing",
     "relations": "scene",
-    "render": "render",
     "sample_scene": "scene",
     "vocabulary": "captions",
     "write_folder": "folder",
@@ -70,7 +69,6 @@ __all__ = [
     "draw_skeleton",
     "ids_map",
     "relations",
-    "render",
     "sample_scene",
     "vocabulary",
     "write_folder",

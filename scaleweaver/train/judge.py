@@ -7,7 +7,7 @@ absence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -134,22 +134,7 @@ class JudgeRecipe:
                 label = replace(label, places=places)
             pictures.append(picture)
             labels.append(label)
-        return self._batch(np.stack(pictures), labels)
-
-    def _batch(self, pictures: Pixels, labels: list[Labels]) -> dict[str, Tensor]:
-        cells = pictures.shape[1] // STRIDE, pictures.shape[2] // STRIDE
-        kinds = len(self.judge.config["kinds"])
-        return {
-            "images": to_images(pictures).contiguous(memory_format=torch.channels_last),
-            "heat": torch.from_numpy(np.stack([heat_maps(label, kinds, cells) for label in labels])),
-            "items": torch.from_numpy(np.concatenate([label.items for label in labels])).long(),
-            "places": torch.from_numpy(np.concatenate([label.places for label in labels])).float(),
-            "picture": torch.arange(len(labels)).repeat_interleave(
-                torch.tensor([len(label.items) for label in labels])
-            ),
-            "ground": torch.tensor([label.ground for label in labels]),
-            "sky": torch.tensor([label.sky for label in labels]),
-        }
+        return collate(np.stack(pictures), labels, self.judge)
 
     def validate(self, folder: Path, step: int) -> Mapping[str, float]:
         """Scores on true renders and on softened ones."""
@@ -163,6 +148,21 @@ class JudgeRecipe:
 
     def save(self, folder: Path) -> None:
         self.judge.save_pretrained(folder / "judge")
+
+
+def collate(pictures: Pixels, labels: Sequence[Labels], judge: AttributeJudge) -> dict[str, Tensor]:
+    """Pictures (B, H, W, 3) and their labels as a batch of `JudgeLoss`."""
+    cells = pictures.shape[1] // STRIDE, pictures.shape[2] // STRIDE
+    kinds = len(judge.config["kinds"])
+    return {
+        "images": to_images(pictures).contiguous(memory_format=torch.channels_last),
+        "heat": torch.from_numpy(np.stack([heat_maps(label, kinds, cells) for label in labels])),
+        "items": torch.from_numpy(np.concatenate([label.items for label in labels])).long(),
+        "places": torch.from_numpy(np.concatenate([label.places for label in labels])).float(),
+        "picture": torch.arange(len(labels)).repeat_interleave(torch.tensor([len(label.items) for label in labels])),
+        "ground": torch.tensor([label.ground for label in labels]),
+        "sky": torch.tensor([label.sky for label in labels]),
+    }
 
 
 def heat_maps(labels: Labels, kinds: int, cells: tuple[int, int]) -> np.ndarray:

@@ -237,12 +237,13 @@ def test_text_modulation_gives_a_bank_per_row() -> None:
         encode(backbone, adapter, "canny", latents(3), SCHEDULE, TARGET, text)
 
 
+@pytest.mark.parametrize("fusion", ["separate", "joint"])
 @torch.no_grad()
-def test_two_controls_add_up_in_any_order() -> None:
+def test_two_controls_add_up_in_any_order(fusion: str) -> None:
     backbone = tiny_backbone()
     base = logits(backbone)
-    canny = injector(backbone, control(backbone, "canny", seed=1), "canny")
-    depth = injector(backbone, control(backbone, "depth", seed=2), "depth", seed=8)
+    canny = injector(backbone, control(backbone, "canny", seed=1, fusion=fusion), "canny")
+    depth = injector(backbone, control(backbone, "depth", seed=2, fusion=fusion), "depth", seed=8)
     again = injector(backbone, canny.reader, "canny")
     assert all(torch.equal(again.bank.values[layer], v) for layer, v in canny.bank.values.items())
     both = logits(backbone, canny, depth)
