@@ -1,7 +1,8 @@
 """The data that flows through one generation and the protocols (seams) that the loop over scales knows.
 
-Rows: every tensor inside the loop has R = branches * B rows, laid out branch by branch: ``[text | null | ...]``, each B images.
-A tuple of steps names the scales whose tokens a tensor holds: one while generating, all of them under teacher forcing.
+Rows: every tensor inside the loop has R = branches * B rows, laid out branch by branch: ``[text | null | ...]``, each B
+images. A tuple of steps names the scales whose tokens a tensor holds: one while generating, all of them under teacher
+forcing.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ Steps = Sequence[ScaleStep]
 class Control:
     """One control image and how strongly, when and where it acts.
 
-    ``scale`` is the strength: one number or one per scale of the schedule. ``start`` and ``end`` are fractions of the scales,
-    by diffusers' rule: scale i of S is active unless ``i / S < start`` or ``(i + 1) / S > end``. ``mask`` (white = active) limits
-    where it acts. ``resize`` says how an image of another size meets the picture: "crop", "pad" or "stretch".
+    ``scale`` is the strength: one number or one per scale of the schedule. ``start`` and ``end`` are fractions of the
+    scales, by diffusers' rule: scale i of S is active unless ``i / S < start`` or ``(i + 1) / S > end``. ``mask``
+    (white = active) limits where it acts. ``resize`` says how an image of another size meets the picture: "crop", "pad"
+    or "stretch".
     """
 
     kind: str
@@ -54,9 +56,9 @@ class TextFeatures:
 class TextContext:
     """All that a backbone derives from the prompts alone, computed once per call.
 
-    pooled (R, C) is the attentive pool, also the AdaLN vector; modulation (R, 1, 6, C) the shared AdaLN output before each
-    block adds its own; keys and values hold per layer (R, H, P, D), zero-padded; mask (R, 1, 1, P) is True on real tokens, or None
-    when all rows have the same length.
+    pooled (R, C) is the attentive pool, also the AdaLN vector; modulation (R, 1, 6, C) the shared AdaLN output before
+    each block adds its own; keys and values hold per layer (R, H, P, D), zero-padded; mask (R, 1, 1, P) is True on real
+    tokens, or None when all rows have the same length.
     """
 
     pooled: Tensor
@@ -82,7 +84,7 @@ class Injection(NamedTuple):
     attended: Tensor  # (R, H, L, D), goes on to the output projection
     before_gate: Tensor | None = None  # (R, L, C), added to the projected output, inside the AdaLN gate
     after_gate: Tensor | None = None  # (R, L, C), added to the residual stream outside the gate
-    lse: Tensor | None = None  # (R, H, L) of `attended` where the injector changed it; the next injector merges with this
+    lse: Tensor | None = None  # (R, H, L) of a changed `attended`, which the next injector merges with
 
 
 @runtime_checkable

@@ -50,10 +50,10 @@ class TrainingCode:
 class BSQTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, d, H / stride, W / stride) <-> bits per scale.
 
-    `bits` is d; `patch` is the number of tokenizer positions per transformer token and axis (2 for the 8B model), so a
-    schedule's stride is `stride * patch`. `stem_width` is the encoder's first width if it is not `widths[0]`; `fold`
-    reads and writes blocks of fold x fold pixels as channels, and `shortcut` adds a linear path for each patch (for small models on a CPU; the
-    published ones have neither).
+    `bits` is d; `patch` is the number of tokenizer positions per transformer token and axis (2 for the 8B model),
+    so a schedule's stride is `stride * patch`. `stem_width` is the encoder's first width if it is not `widths[0]`;
+    `fold` reads and writes blocks of fold x fold pixels as channels, and `shortcut` adds a linear path for each
+    patch (for small models on a CPU; the published ones have neither).
     """
 
     @register_to_config

@@ -26,8 +26,8 @@ Source = str | Mapping[str, Any]
 class Renders:
     """Pictures of one or several render stores as one list: those that were complete when it was made.
 
-    A source is the folder of a store, or the arguments of `cache_renders` ({path, split, count, ...}) which then renders
-    what is still missing.
+    A source is the folder of a store, or the arguments of `cache_renders` ({path, split, count, ...}), which then
+    renders what is still missing.
     """
 
     def __init__(self, sources: Source | Sequence[Source]):

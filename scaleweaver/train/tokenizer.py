@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ def principal_start(vae: BSQTokenizer, images: Tensor, scale: float, exponent: f
     reach.
     """
     bits, stride = vae.config["bits"], vae.config["stride"]
-    patches = torch.nn.functional.unfold(images, stride, stride=stride).transpose(1, 2).flatten(0, 1)  # (patches, 3 s s)
+    patches = F.unfold(images, stride, stride=stride).transpose(1, 2).flatten(0, 1)  # (patches, 3 s s)
     mean = patches.mean(0)
     variance, components = torch.linalg.eigh(torch.cov((patches - mean).T))
     variance, components = variance.flip(0)[:bits].clamp_min(1e-8), components.flip(1)[:, :bits]
