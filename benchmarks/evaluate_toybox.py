@@ -263,7 +263,7 @@ def machine() -> dict[str, Any]:
     return {"cores": os.cpu_count(), "system": platform.platform(terse=True), "versions": versions}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="toybox", help="the built-in model, a folder or a Hub repository")
     parser.add_argument("--judge", type=Path, help="folder of a trained AttributeJudge (recipes/toybox/judge.yaml)")
@@ -280,14 +280,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
-    wanted = options.parts.split(",")
-    if unknown := sorted(set(wanted) - set(PARTS)):
+    options.parts = options.parts.split(",")
+    if unknown := sorted(set(options.parts) - set(PARTS)):
         parser.error(f"unknown parts {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
-    if "attributes" in wanted and options.judge is None:
+    if "attributes" in options.parts and options.judge is None:
         parser.error("the part attributes needs --judge; train one with `scaleweaver train recipes/toybox/judge.yaml`")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = read_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-
     run = Evaluation(options)
     report: dict[str, Any] = {"settings": run.settings(), "parts": {}}
     if options.out.is_file() and (before := json.loads(options.out.read_text()))["settings"] == report["settings"]:
@@ -300,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "tokenizer": tokenizer, "bits": bits, "control": control, "attributes": judged, "speed": speed,
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    for name in wanted:
+    for name in options.parts:
         if name in report["parts"] and not options.again:
             continue
         started = time.perf_counter()

@@ -306,7 +306,9 @@ def render(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")],
     split: Annotated[str, typer.Option(help="train, val, test or heldout.")] = "train",
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of pictures.")] = 1000,
-    start: Annotated[int, typer.Option(min=0, help="Index of the first one: a picture is a function of it.")] = 0,
+    start: Annotated[
+        int, typer.Option("--seed", "--start", min=0, help="Index of the first one: a picture is a function of it.")
+    ] = 0,
     size: Annotated[int, typer.Option(min=16, help="Width and height in pixels.")] = 128,
     shards: Annotated[bool, typer.Option("--shards", help="Write tar files in place of single ones.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that render beside this one.")] = 0,
@@ -324,7 +326,7 @@ def render(
 @app.command()
 @_one_line_errors
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/toybox/control.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/toybox/canny.yaml.")],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable.")
     ] = None,

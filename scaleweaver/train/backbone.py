@@ -126,7 +126,8 @@ class BackboneRecipe:
 
     def _batch(self, latents: np.ndarray, texts: Sequence[str], drop: Tensor) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
-        tokens = self.tokenizer(list(texts), padding=True, return_tensors="pt")
+        limit = self.transformer.config["text_length"]
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         return {
             "latent": torch.from_numpy(latents).float().to(device),
             "ids": tokens["input_ids"].to(device),

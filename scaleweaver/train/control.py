@@ -117,7 +117,8 @@ class ControlRecipe:
 
     def _batch(self, latents: Any, texts: list[str], maps: Pixels, drop: Any, seen: Any) -> dict[str, Tensor]:
         device = self.pipe.transformer.device
-        tokens = self.pipe.tokenizer(texts, padding=True, return_tensors="pt")
+        limit = self.pipe.transformer.config["text_length"]
+        tokens = self.pipe.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         return {
             "latent": torch.from_numpy(latents).float().to(device),
             "maps": to_images(maps).to(device),
