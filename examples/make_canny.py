@@ -1,4 +1,4 @@
-"""Renders the scene of examples/canny.png in the built-in world and takes its edges: how that file came about.
+"""Renders a scene of the built-in world and takes its edges: how examples/photo.png and examples/canny.png came about.
 
 python examples/make_canny.py
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from math import atan
 from pathlib import Path
+
+from PIL import Image
 
 from scaleweaver.controls import canny
 from scaleweaver.toybox.render import render
@@ -21,15 +23,17 @@ SCENE = Scene(  # a red cube left of a small green ball on grass at noon
     sky="noon",
     sun_azimuth=0.7,
     sun_elevation=0.9,
-    camera=Camera(height=1.7, pitch=atan(1.2 / 5), focal=2.2, distance=5.0),
+    camera=Camera(height=1.7, pitch=atan(1.2 / 5), focal=3.4, distance=5.0),
 )
 
 
 def main() -> None:
-    photo = render([SCENE], size=128).image[0]  # (3, 128, 128)
-    out = Path(__file__).with_name("canny.png")
-    canny(photo).save(out)
-    print(out)
+    pixels = render([SCENE], size=128).image[0].mul(255).round().byte()  # (3, 128, 128)
+    photo = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    for name, picture in (("photo.png", photo), ("canny.png", canny(photo))):
+        out = Path(__file__).with_name(name)
+        picture.save(out)
+        print(out)
 
 
 if __name__ == "__main__":
