@@ -55,7 +55,7 @@ def build() -> VARControlPipeline:
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
     pipe = VARControlPipeline(
-        transformer=InfinityTransformer(**InfinityTransformer.preset("125M")).eval(),
+        transformer=InfinityTransformer.preset("125M").eval(),
         vae=BSQTokenizer.preset("d16").eval(),
         text_encoder=T5EncoderModel(text).eval(),
         tokenizer=tokenizer_of(PROMPT),
@@ -106,7 +106,7 @@ def main() -> None:
     finished("building with random weights")
     text = pipe.encode_prompt(PROMPT)
     finished(f"prompt of {text.lengths[0]} tokens ({TEXT_LAYERS} of 24 T5 layers)")
-    drawn = pipe(prompt_embeds=text, seed=7, output_type="latent", callback_on_step_end=after_scale)
+    drawn: Any = pipe(prompt_embeds=text, seed=7, output_type="latent", callback_on_step_end=after_scale)
     finished("rest of the call")
     (image,) = pipe.preview(drawn.latent)
     finished("decoding")

@@ -16,8 +16,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """q (R, H, L, D), k and v (R or 1, H, K, D) -> out (R, H, L, D) and, if asked for, lse (R, H, L) float32.
 
-    mask is boolean, (L, K) or (R, 1, L, K) or anything that broadcasts to it, True where a query may see a key. A query
-    that sees no key gives 0 and lse -inf.
+    mask is boolean, (L, K) or (R, 1, L, K) or anything that broadcasts to it, True where a query may see a key; or
+    floating, added to the scores. A query that sees no key gives 0 and lse -inf.
     """
     if k.shape[0] != q.shape[0]:  # one row of keys for all rows of queries: a view, not a copy
         k = k.expand(q.shape[0], -1, -1, -1)
@@ -27,6 +27,8 @@ def attend(
     if q.device.type == "cpu" and v.dtype == torch.bfloat16 and torch.is_grad_enabled() and v.requires_grad:
         # the fused backward of bfloat16 on CPUs takes four times as long as the formula
         return _attend_plain(q, k, v, mask, scale), None  # (R, H, L, D)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), None  # (R, H, L, D)
 
 
@@ -36,7 +38,7 @@ def attend_reference(
     """The formula written out, scores and softmax in float32; differentiable in both results."""
     scores = _scores(q, k, scale)  # (R, H, L, K)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     lse = torch.logsumexp(scores, dim=-1)  # (R, H, L)
     # subtracting -inf from -inf would give nan where nothing is visible
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])  # (R, H, L, K)
@@ -45,8 +47,8 @@ def attend_reference(
 
 def _attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     scores = _scores(q, k, scale)  # (R, H, L, K)
-    if mask is None:
-        return scores.softmax(-1).to(v.dtype) @ v  # (R, H, L, D)
+    if mask is None or mask.dtype != torch.bool:
+        return (scores if mask is None else scores + mask).softmax(-1).to(v.dtype) @ v  # (R, H, L, D)
     # a finite floor keeps gradients of rows without any key free of nan
     weights = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min).softmax(-1)  # (R, H, L, K)
     out = weights.to(v.dtype) @ v  # (R, H, L, D)

@@ -37,6 +37,7 @@ from scaleweaver.methods.scaleweaver import ControlAdapter, ScaleWeaverConfig
 
 __all__ = [
     "add_control",
+    "control_kind",
     "load_control",
     "lora_detached",
     "lora_enabled",
@@ -96,14 +97,8 @@ def load_control(folder: str | Path, backbone: Any, name: str, *, trainable: boo
     """
     check_name(name)
     folder = Path(folder)
-    data = _read_json(folder / CONFIG_FILE)
-    if data.get("format") != FORMAT or data.get("method") != "scaleweaver":
-        raise ValueError(
-            f"{folder / CONFIG_FILE} says format {data.get('format')!r}, method {data.get('method')!r}; this version "
-            f"reads format {FORMAT}, method 'scaleweaver': a newer scaleweaver may be needed"
-        )
-    _check_fit(folder, data.get("backbone", {}), _fits(backbone))
-    config = ScaleWeaverConfig.from_dict(data.get("config", {}))
+    config, trained = _read_config(folder / CONFIG_FILE)
+    _check_fit(folder, trained, _fits(backbone))
     expected = _adapter(backbone, config, device="meta")
     lora = _read_json(folder / LORA_CONFIG_FILE)
     if (lora.get("r"), lora.get("lora_alpha")) != (config.lora_rank, config.alpha):
@@ -121,6 +116,28 @@ def load_control(folder: str | Path, backbone: Any, name: str, *, trainable: boo
     for parameter in trainable_parameters(backbone, adapter, name).values():
         parameter.requires_grad_(trainable)
     return adapter
+
+
+def control_kind(folder: str | Path) -> str:
+    """The kind of a saved control."""
+    return _read_config(Path(folder) / CONFIG_FILE)[0].kind
+
+
+def _read_config(path: Path) -> tuple[ScaleWeaverConfig, dict[str, Any]]:
+    """How a saved control works, and what it says of its backbone."""
+    data = _read_json(path)
+    if data.get("format") != FORMAT or data.get("method") != "scaleweaver":
+        raise ValueError(
+            f"{path} says format {data.get('format')!r}, method {data.get('method')!r}; this version reads format "
+            f"{FORMAT}, method 'scaleweaver': a newer scaleweaver may be needed"
+        )
+    settings, trained = data.get("config"), data.get("backbone")
+    if not isinstance(settings, dict) or not isinstance(trained, dict) or not isinstance(settings.get("kind"), str):
+        raise ValueError(f"{path} lacks the kind, the settings or the backbone; download or save the control again")
+    try:
+        return ScaleWeaverConfig.from_dict(settings), trained
+    except TypeError as error:  # a number where a list belongs, or the like
+        raise ValueError(f"{path} is damaged ({error}); download or save the control again") from error
 
 
 def _adapter(backbone: Any, config: ScaleWeaverConfig, device: str | None = None) -> ControlAdapter:

@@ -41,7 +41,7 @@ def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             from rich.console import Console
 
             line = " ".join(str(error).split()) or type(error).__name__
@@ -88,6 +88,9 @@ def generate(
     height: Annotated[int | None, typer.Option(min=1, help="In pixels; default: the model's.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="In pixels; default: the model's.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="How closely to follow the prompt.")] = None,
+    guidance_layer: Annotated[
+        int | None, typer.Option(help="Guide the state after this layer, not the logits; -5: the fifth from the end.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Above 1 is bolder, below 1 safer.")] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Keep the k likeliest values of a code; 0: all.")] = None,
     top_p: Annotated[
@@ -114,6 +117,7 @@ def generate(
         "height": height,
         "width": width,
         "guidance_scale": guidance_scale,
+        "guidance_layer": guidance_layer,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -200,14 +204,14 @@ def _load(model: str, device: str, dtype: str) -> Any:
     import torch
     import transformers
 
-    from scaleweaver import VARControlPipeline
+    from scaleweaver.pipeline import VARControlPipeline, read_dtype
 
     # their bars count files, ours counts scales
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    pipe = VARControlPipeline.from_pretrained(model, dtype=dtype).to(device)
+    pipe = VARControlPipeline.from_pretrained(model, dtype=read_dtype(dtype, device)).to(device)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     return pipe
 
@@ -284,10 +288,15 @@ def python_of(settings: dict[str, Any]) -> str:
         f"pipe = VARControlPipeline.from_pretrained({settings.get('model', 'toybox')!r})",
     ]
     # parts that were given as objects are known by their names only
-    lines += [f"# drawn with {name}={settings[name]}" for name in ("cache", "search") if name in settings]
-    lines += ["out = pipe(", f"    {settings.get('prompt', '')!r},"]
+    parts = ("cache", "router", "sampler", "search")
+    lines += [f"# drawn with {name}={settings[name]}" for name in parts if name in settings]
+    lines += [f"# drawn with {settings['forced']} scales of given codes (forced)"] if "forced" in settings else []
+    if "prompt" in settings:
+        lines += ["out = pipe(", f"    {settings['prompt']!r},"]
+    else:
+        lines += ["# drawn from prompt_embeds, which no picture keeps: put them here", "out = pipe("]
     for name, value in settings.items():
-        if name not in ("model", "prompt", "control", "cache", "search"):
+        if name not in ("model", "prompt", "control", "forced", *parts):
             lines.append(f"    {name}={value!r},")
     if controls:
         lines.append("    control=[")
@@ -312,14 +321,20 @@ def render(
     size: Annotated[int, typer.Option(min=16, help="Width and height in pixels.")] = 128,
     shards: Annotated[bool, typer.Option("--shards", help="Write tar files in place of single ones.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that render beside this one.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; other than cpu it needs 0 workers.")] = "cpu",
 ) -> None:
     """Render the built-in world: pictures with captions and exact control maps. Goes on where it was stopped."""
     if world != "toybox":
         raise ValueError(f"there is no world {world!r}; the built-in one is called toybox")
     from scaleweaver.toybox.folder import write_folder
+    from scaleweaver.toybox.progress import rendering_progress
 
     started = time.perf_counter()
-    rendered = write_folder(out, split, count, start=start, size=size, shards=shards, workers=workers)
+    with rendering_progress("rendering") as on_progress:
+        rendered = write_folder(
+            out, split, count, start=start, size=size, shards=shards, workers=workers, device=device,
+            on_progress=on_progress,
+        )  # fmt: skip
     typer.echo(f"{out}: {count} pictures, {rendered} rendered now, in {time.perf_counter() - started:.1f} s")
 
 
@@ -328,7 +343,8 @@ def render(
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/toybox/canny.yaml.")],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, also a nested one: a.b=3; repeatable."),
     ] = None,
 ) -> None:
     """Train what a recipe describes, or go on where its run was stopped."""

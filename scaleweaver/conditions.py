@@ -151,18 +151,22 @@ def make_generators(
     """One CPU generator per image; `generator.initial_seed()` is the seed that makes this image again on its own.
 
     A seed s gives s, s + 1, ...; a list is taken as it is; None gives fresh seeds. A single `generator` draws the
-    seeds, a list of them is used as it is. Torch's global generator is neither read nor changed.
+    seeds of all images, each one of a list that of its image: a generator may be anywhere in its stream or on another
+    device, where no seed could bring it back. Torch's global generator is neither read nor changed.
     """
     if generator is not None:
         if seed is not None:
             raise ValueError("seed and generator were both given; pass one of them")
-        if not isinstance(generator, torch.Generator):
-            return _exactly(list(generator), count, "generators")
-        drawn = torch.randint(2**32, (count,), generator=generator, device=generator.device)
-        seeds: list[int] = drawn.tolist()
+        if isinstance(generator, torch.Generator):
+            sources = [generator] * count
+        elif isinstance(generator, Sequence) and all(isinstance(one, torch.Generator) for one in generator):
+            sources = _exactly(list(generator), count, "generators")
+        else:
+            raise ValueError(f"generator is {generator!r}; pass a torch.Generator, or a list with one per image")
+        seeds = [int(torch.randint(2**32, (), generator=one, device=one.device)) for one in sources]
     elif seed is None:
         seeds = [secrets.randbelow(2**32) for _ in range(count)]
-    elif isinstance(seed, Iterable) and not isinstance(seed, str):
+    elif isinstance(seed, Iterable) and not isinstance(seed, str | bytes):
         seeds = _exactly(list(seed), count, "seeds")
     else:
         seeds = [_whole(seed) + i for i in range(count)]

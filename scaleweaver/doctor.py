@@ -6,16 +6,13 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
 
 Status = Literal["ok", "note", "problem"]
 EXTRAS = ("train", "eval", "demo", "serve", "dev")
-BUILT_IN = Path(__file__).parent / "assets" / "toybox"
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """All findings, from the interpreter to the built-in model. Imports torch and triton where they are installed."""
+    """All findings, from the interpreter to the built-in model. Imports torch where it is installed."""
     return [*_interpreter(), *_devices(), *_kernels(), *_dependencies(), *_extras(), *_built_in_model()]
 
 
@@ -50,10 +47,13 @@ def _devices() -> list[Finding]:
     findings = [Finding("system", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")]
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        device = "cuda"
         findings.append(Finding("system", "device", f"cuda: {torch.cuda.get_device_name(0)}, {memory:.0f} GiB"))
     elif torch.backends.mps.is_available():
+        device = "mps"
         findings.append(Finding("system", "device", "mps"))
     else:
+        device = "cpu"
         findings.append(Finding("system", "device", f"cpu, {torch.backends.cpu.get_cpu_capability()}"))
     try:
         from scaleweaver.pipeline import auto_dtype
@@ -62,16 +62,12 @@ def _devices() -> list[Finding]:
             *findings,
             Finding("system", "pipeline", f"cannot be imported: {error}", "problem", "see packages below"),
         ]
-    return [*findings, Finding("system", "dtype", f"auto means {str(auto_dtype()).removeprefix('torch.')}")]
+    found = f"auto means {str(auto_dtype(device)).removeprefix('torch.')} on {device}"
+    return [*findings, Finding("system", "dtype", found)]
 
 
 def _kernels() -> list[Finding]:
-    try:
-        triton = import_module("triton")
-    except ImportError:
-        found = "triton is not installed: attention runs through torch alone"
-        return [Finding("system", "kernels", found, "note", 'pip install "triton>=3.4" (Linux x86_64)')]
-    return [Finding("system", "kernels", f"triton {triton.__version__}")]
+    return [Finding("system", "kernels", "attention: torch (Triton kernels: none in this version)")]
 
 
 def _check(topic: str, requirement: Requirement, fix: str, lacking: Status) -> Finding:
@@ -99,7 +95,7 @@ def _dependencies() -> list[Finding]:
         needed = _requirements("")
     except PackageNotFoundError:
         found = "runs from a checkout that is not installed: versions cannot be checked"
-        return [Finding("packages", "scaleweaver", found, "note", "pip install -e .")]
+        return [Finding("packages", "scaleweaver", found, "note", "pip install -e . (in the clone)")]
     return [_check("packages", r, f'pip install "{r.name}{r.specifier}"', "problem") for r in needed]
 
 
@@ -113,16 +109,22 @@ def _extras() -> list[Finding]:
         lacking = [check for check in checks if check.status != "ok"]
         if lacking:
             found = "; ".join(f"{check.name} {check.found}" for check in lacking)
-            findings.append(Finding("extras", extra, found, "note", f'pip install "scaleweaver[{extra}]"'))
+            findings.append(Finding("extras", extra, found, "note", f'pip install -e ".[{extra}]" (in a clone)'))
         else:
             findings.append(Finding("extras", extra, ", ".join(f"{check.name} {check.found}" for check in checks)))
     return findings
 
 
 def _built_in_model() -> list[Finding]:
-    if not (BUILT_IN / "model_index.json").is_file():
-        found = f"not found at {os.fspath(BUILT_IN)}"
-        return [Finding("models", "toybox", found, "problem", "pip install --force-reinstall --no-deps scaleweaver")]
-    size = sum(file.stat().st_size for file in BUILT_IN.rglob("*") if file.is_file())
-    controls = sorted(folder.name for folder in (BUILT_IN / "controls").glob("*") if folder.is_dir())
+    try:
+        from scaleweaver.hub import built_in_folder
+    except ImportError:
+        return []  # _devices has said so
+    model = built_in_folder("toybox")
+    if not (model / "model_index.json").is_file():
+        found = f"not found at {os.fspath(model)}"
+        fix = "pip install --force-reinstall --no-deps . (in a complete clone)"
+        return [Finding("models", "toybox", found, "problem", fix)]
+    size = sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
+    controls = sorted(folder.name for folder in (model / "controls").glob("*") if folder.is_dir())
     return [Finding("models", "toybox", f"{size / 1e6:.1f} MB, controls: {', '.join(controls) or 'none'}")]

@@ -17,9 +17,13 @@ from scaleweaver.schedule import ScaleStep
 
 
 def per_scale(value: float | Sequence[float], steps: int, name: str) -> tuple[float, ...]:
-    """One finite number per scale: a single number is repeated, a list must have `steps` entries."""
+    """One finite number per scale: a single number is repeated, a list must have `steps` entries.
+
+    Numbers and lists may also be numpy's or torch's.
+    """
+    plain = value.tolist() if hasattr(value, "tolist") else value
     try:
-        values = tuple(float(v) for v in value) if isinstance(value, Iterable) else (float(value),) * steps
+        values = tuple(float(v) for v in plain) if isinstance(plain, Iterable) else (float(plain),) * steps
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {value!r}; pass one number or a list of {steps}") from None
     if len(values) != steps:

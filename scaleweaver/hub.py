@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +16,16 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from scaleweaver.adapters import CONFIG_FILE, control_kind
+
 BUILT_IN = ("toybox",)
-CONTROL_FILE = "control_config.json"
 # weights as safetensors only: a repository's pickles stay where they are
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md")
+
+
+def built_in_folder(name: str) -> Path:
+    """Where a built-in model lies, if it is there."""
+    return Path(__file__).parent / "assets" / name
 
 
 def locate(
@@ -39,11 +44,11 @@ def locate(
     """
     name = os.fspath(model)
     if name in BUILT_IN:
-        folder = Path(__file__).parent / "assets" / name
+        folder = built_in_folder(name)
         if not (folder / marker).is_file():
             raise ValueError(
                 f"the built-in model {name!r} is not part of this installation ({folder} lacks {marker});"
-                ' reinstall the package, or train it with "scaleweaver train recipes/toybox/..."'
+                ' run "pip install --force-reinstall --no-deps ." in a complete clone, or train it as the README says'
             )
         return folder
     if not os.path.isdir(name):
@@ -69,14 +74,14 @@ def locate_control(
     root = locate(
         source, marker="", revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    if (root / CONTROL_FILE).is_file():
-        return root, str(json.loads((root / CONTROL_FILE).read_text(encoding="utf-8"))["config"]["kind"])
-    below = {file.parent.name: file.parent for file in sorted((root / "controls").glob(f"*/{CONTROL_FILE}"))}
+    if (root / CONFIG_FILE).is_file():
+        return root, control_kind(root)
+    below = {file.parent.name: file.parent for file in sorted((root / "controls").glob(f"*/{CONFIG_FILE}"))}
     if name in below or (name is None and len(below) == 1):
         chosen = name or next(iter(below))
         return below[chosen], chosen
     if not below:
-        raise ValueError(f"{os.fspath(source)!r} holds no {CONTROL_FILE}; pass the folder or repository of a control")
+        raise ValueError(f"{os.fspath(source)!r} holds no {CONFIG_FILE}; pass the folder or repository of a control")
     raise ValueError(f"{os.fspath(source)!r} holds the controls {', '.join(below)}; pass one of them as name=")
 
 

@@ -43,13 +43,20 @@ def read_image(image: Any, name: str = "image") -> Image.Image:
 
 
 def fit(
-    image: Image.Image, height: int, width: int, resize: str = "crop", nearest: bool | None = None, name: str = "image"
+    image: Image.Image,
+    height: int,
+    width: int,
+    resize: str = "crop",
+    two_level: bool | None = None,
+    lines: bool = True,
+    name: str = "image",
 ) -> Image.Image:
     """The image at exactly height x width.
 
     "crop" scales until the picture is covered and cuts the rest off evenly, "pad" scales until all of it is inside
-    and adds black, "stretch" changes the aspect. `nearest` keeps the set of colours as it is; None does so for images
-    of black and white alone, because a smooth resize would leave an edge map or mask with greys.
+    and adds black, "stretch" changes the aspect. `two_level` images stay black and white, where a smooth resize would
+    leave greys; None looks whether the image is one. Made smaller, a pixel of them is white where at least half of it
+    was, or with `lines` already where a line of one pixel went through it: an edge map keeps its lines unbroken.
     """
     if resize not in get_args(Resize):
         raise ValueError(f'resize={resize!r} for {name}; pass "crop", "pad" or "stretch"')
@@ -57,14 +64,24 @@ def fit(
         raise ValueError(f"{name} cannot be fitted to {width}x{height}; pass a height and width of at least 1")
     if image.size == (width, height):
         return image
-    if nearest is None:
-        nearest = is_two_level(image)
-    method = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
+    if two_level is None:
+        two_level = is_two_level(image)
+    ratios = (image.width / width, image.height / height)
+    factor = min(ratios) if resize == "crop" else max(ratios)  # source pixels along one pixel of the picture
+    method = Image.Resampling.LANCZOS
+    if two_level:
+        method = Image.Resampling.BOX if factor > 1 else Image.Resampling.NEAREST
     if resize == "stretch":
-        return image.resize((width, height), method)
-    if resize == "pad":
-        return ImageOps.pad(image, (width, height), method)
-    return ImageOps.fit(image, (width, height), method)
+        fitted = image.resize((width, height), method)
+    elif resize == "pad":
+        fitted = ImageOps.pad(image, (width, height), method)
+    else:
+        fitted = ImageOps.fit(image, (width, height), method)
+    if method == Image.Resampling.BOX:
+        # a line of one pixel covers 1 / factor of the pixels it goes through
+        threshold = 255 / (2 * factor) if lines else 128
+        fitted = fitted.point([255 * (value >= threshold) for value in range(256)] * len(fitted.getbands()))
+    return fitted
 
 
 def is_two_level(image: Image.Image) -> bool:
@@ -91,7 +108,7 @@ def mask_tensor(image: Any, height: int, width: int, resize: str = "crop", name:
     """A mask of any kind -> (H, W) float32 in [0, 1], white = 1."""
     import torch
 
-    fitted = fit(read_image(image, name), height, width, resize, name=name)
+    fitted = fit(read_image(image, name), height, width, resize, lines=False, name=name)
     return torch.from_numpy(np.array(fitted.convert("L"))).float().div_(255.0)  # (H, W)
 
 

@@ -79,14 +79,9 @@ def generate(
         if guidance.alive(step) < state.conditions.branches:
             images = torch.arange(state.conditions.images, device=device)
             rows = rows[_select(state, guidance.alive(step), images)]
+        inputs, text, injectors = _read(target, state, now), state.conditions.text, state.conditions.injectors
         logits = network(
-            _read(target, state, now),
-            now,
-            state.conditions.text,
-            state.cache,
-            injectors=state.conditions.injectors,
-            layers=route.layers,
-            mix=_mixer(guidance, now),
+            inputs, now, text, state.cache, injectors=injectors, layers=route.layers, mix=_mixer(guidance, now)
         )[:, -step.n :]  # (R, L, 2N)
         _free_layers(state.cache, routes[step.index + 1 :], network)
         # drawn even where codes are forced: the random stream of later scales does not depend on what was forced

@@ -16,6 +16,7 @@ from torch import Tensor
 from scaleweaver.schedule import ScaleStep
 
 Kind = Literal["block_causal", "same_scale"]
+LARGEST_KEPT = 16 * 2**20  # bytes of a mask that stays on its device between calls, one byte per entry
 
 
 def row_ranges(steps: Sequence[ScaleStep], kind: Kind, history: int = 0) -> tuple[Tensor, Tensor]:
@@ -38,12 +39,18 @@ def dense(start: Tensor, end: Tensor, keys: int) -> Tensor:
 
 
 def scale_mask(steps: Sequence[ScaleStep], kind: Kind, history: int = 0, device: torch.device | None = None) -> Tensor:
-    """The dense mask (T, history + T) of these scales, remembered per schedule, kind and device."""
-    return _scale_mask(tuple(steps), kind, history, device or torch.device("cpu"))
+    """The dense mask (T, history + T) of these scales, remembered per schedule, kind and device unless it is large."""
+    tokens = sum(step.n for step in steps)
+    make = _small_mask if tokens * (history + tokens) <= LARGEST_KEPT else _mask
+    return make(tuple(steps), kind, history, device or torch.device("cpu"))
 
 
-@lru_cache(maxsize=32)
-def _scale_mask(steps: tuple[ScaleStep, ...], kind: Kind, history: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=8)
+def _small_mask(steps: tuple[ScaleStep, ...], kind: Kind, history: int, device: torch.device) -> Tensor:
+    return _mask(steps, kind, history, device)
+
+
+def _mask(steps: tuple[ScaleStep, ...], kind: Kind, history: int, device: torch.device) -> Tensor:
     # a tensor made under inference_mode could not be used for training later
     with torch.inference_mode(False):
         start, end = row_ranges(steps, kind, history)

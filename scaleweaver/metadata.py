@@ -18,8 +18,8 @@ _File = str | bytes | os.PathLike[str] | os.PathLike[bytes] | IO[bytes]
 class Picture(Image.Image):
     """A PIL image whose `save` writes its settings into PNG, JPEG and WebP files.
 
-    PIL itself drops `image.info` on saving. Crops, copies and conversions are plain PIL images again: they are no
-    longer what the settings would make.
+    PIL itself drops `image.info` on saving. Crops, copies and conversions are plain PIL images, whose files carry no
+    settings: they are no longer what the settings would make. In memory PIL hands `info` on to them.
     """
 
     @property

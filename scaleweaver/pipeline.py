@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
-from scaleweaver.adapters import load_control, lora_detached, remove_control, save_control
+from scaleweaver.adapters import CONFIG_FILE, load_control, lora_detached, remove_control, save_control
 from scaleweaver.backbones.infinity import InfinityTransformer
 from scaleweaver.conditions import build, check_prompts, encode_prompts, make_generators
 from scaleweaver.contracts import (
@@ -42,7 +42,7 @@ from scaleweaver.control_images import (
     make_injector,
     read_controls,
 )
-from scaleweaver.hub import CONTROL_FILE, locate, locate_control, model_card, upload
+from scaleweaver.hub import locate, locate_control, model_card, upload
 from scaleweaver.images import to_pil
 from scaleweaver.loop import SingleModel, generate
 from scaleweaver.metadata import write_settings
@@ -59,6 +59,7 @@ from scaleweaver.request import (
     read_numbers,
     read_prompts,
     read_schedule,
+    with_parts,
 )
 from scaleweaver.sampling import BitwiseSampler
 from scaleweaver.schedule import ScaleSchedule
@@ -132,6 +133,7 @@ class VARControlPipeline(DiffusionPipeline):
         width: int | None = None,
         guidance_scale: Numbers | None = None,
         control_guidance_scale: Numbers | None = None,
+        guidance_layer: int | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -154,17 +156,20 @@ class VARControlPipeline(DiffusionPipeline):
 
         control: {"canny": image}, a Control or a list of them; an image may be an EncodedControl, or a list with one
         per prompt. guidance_scale, temperature: one number or one per scale. control_guidance_scale: weigh controls
-        apart from the text. seed: image i gets seed + i, or a list. cache, router, sampler, search: parts of the loop,
-        see contracts.py. forced: codes (B, n, N) of leading scales. stop_after: number of scales to draw.
+        apart from the text. guidance_layer: guide the state after this layer, not the logits; -5 is the fifth from the
+        end. seed: image i gets seed + i, or a list. cache, router, sampler, search: see contracts.py. forced: codes
+        (B, n, N) of leading scales. stop_after: number of scales to draw.
         callback_on_step_end(pipe, index, step, {"latent", "preview"}): after every scale; preview() decodes pictures.
         """
         # the plan: a mistake of the caller shows before any network runs
-        values = read_numbers(self.config, guidance_scale, control_guidance_scale, temperature, top_k, top_p)
+        numbers = (guidance_scale, control_guidance_scale, guidance_layer, temperature, top_k, top_p)
+        parts = {"cache": cache, "router": router, "sampler": sampler, "search": search}
+        values = with_parts(read_numbers(self.config, *numbers), parts, forced)
         check_call(num_images_per_prompt, output_type, callback_on_step_end)
         controls = read_controls(control, self.controls)
         plan = self._plan(schedule, height, width, first_size(controls))
         active = [item for item in controls if any(control_strengths(item, plan))]
-        guidance = read_guidance(values, len(plan), bool(controls))
+        guidance = read_guidance(values, len(plan), bool(controls), len(self.transformer.blocks))
         sampler = sampler or BitwiseSampler(values["temperature"], values["top_k"], values["top_p"])
         texts = read_prompts(prompt, prompt_embeds)
         generators = make_generators(seed, len(texts) * num_images_per_prompt, generator=generator)
@@ -189,7 +194,6 @@ class VARControlPipeline(DiffusionPipeline):
 
         # pictures, each with the settings that make it again
         values |= {"stop_after": stop_after, "schedule": None if schedule is None else plan.to_dict()}
-        values |= {name: part and repr(part) for name, part in (("cache", cache), ("search", search))}
         settings = [
             request.settings(image, {**values, "model": self.name_or_path, "seed": one.initial_seed()}, negative_prompt)
             for image, one in zip(lineage.origins, follower.generators, strict=True)
@@ -283,8 +287,9 @@ class VARControlPipeline(DiffusionPipeline):
     ) -> VARControlPipeline:
         """Load "toybox", a folder or a Hub repository, with the controls it holds.
 
-        dtype: float32 unless given; "auto" is `auto_dtype()`. The other keywords are diffusers' own: ready components
-        (`vae=...`), call defaults (`guidance_scale=...`), `device_map`, `variant`, ...
+        dtype: float32 unless given; "auto" is `auto_dtype()`, which thinks of the GPU where there is one: for another
+        device pass dtype=auto_dtype(device). The other keywords are diffusers' own: ready components (`vae=...`), call
+        defaults (`guidance_scale=...`), `device_map`, `variant`, ...
         """
         if dtype is not None and torch_dtype is not None:
             raise ValueError("dtype and torch_dtype were both given; pass dtype alone, torch_dtype is its old name")
@@ -299,7 +304,7 @@ class VARControlPipeline(DiffusionPipeline):
         )
         pipe: VARControlPipeline = super().from_pretrained(str(folder), dtype=precision, **kwargs)
         pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
-        for config in sorted((folder / "controls").glob(f"*/{CONTROL_FILE}")):
+        for config in sorted((folder / "controls").glob(f"*/{CONFIG_FILE}")):
             pipe.controls[config.parent.name] = load_control(config.parent, pipe.transformer, config.parent.name)
         card = folder / "README.md"
         pipe._card = card.read_text(encoding="utf-8") if card.is_file() else None
@@ -318,7 +323,7 @@ class VARControlPipeline(DiffusionPipeline):
             raise ValueError(f"{os.fspath(save_directory)!r} is a file; pass a folder")
         with lora_detached(self.transformer):  # the controls' LoRA goes into their own folders
             super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
-        stale = {file.parent.name for file in folder.glob(f"controls/*/{CONTROL_FILE}")} - set(self.controls)
+        stale = {file.parent.name for file in folder.glob(f"controls/*/{CONFIG_FILE}")} - set(self.controls)
         if stale:
             logger.warning("%s also holds controls that this pipeline has not: %s", folder, ", ".join(sorted(stale)))
         for name, adapter in self.controls.items():
@@ -429,22 +434,28 @@ class VARControlPipeline(DiffusionPipeline):
         return [write_settings(image, entry) for image, entry in zip(to_pil(pictures), settings, strict=True)]
 
 
-def auto_dtype() -> torch.dtype:
-    """What dtype="auto" means here: bfloat16 where the hardware multiplies in it, float32 elsewhere."""
-    if torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
+def auto_dtype(device: torch.device | str | None = None) -> torch.dtype:
+    """What dtype="auto" means on a device: bfloat16 where its hardware multiplies in it, float32 elsewhere.
+
+    Without a device it is the GPU where there is one, else the CPU.
+    """
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    fast = False
+    if target.type == "cuda" and torch.cuda.is_available():
+        with torch.cuda.device(target):
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif target.type == "cpu":
         found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch we run on
         fast = bool(found.get("amx_bf16") or found.get("avx512_bf16"))
     return torch.bfloat16 if fast else torch.float32
 
 
-def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    """A dtype from its name, "auto" or None (float32)."""
+def read_dtype(dtype: torch.dtype | str | None, device: torch.device | str | None = None) -> torch.dtype:
+    """A dtype from its name, "auto" (see `auto_dtype`) or None (float32)."""
     if dtype is None:
         return torch.float32
     if dtype == "auto":
-        return auto_dtype()
+        return auto_dtype(device)
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f'dtype={dtype!r}; pass torch.float32, torch.bfloat16, torch.float16 or "auto"')

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scaleweaver.contracts import Injection, Steps
+from scaleweaver.guidance import per_scale
 from scaleweaver.kernels.attention import attend, merge
 from scaleweaver.masks import scale_mask
 from scaleweaver.schedule import ScaleSchedule
@@ -46,6 +47,10 @@ class ReferenceReader(Protocol):
         """Attention result (R, H, L, D) -> what the residual stream receives (R, L, C)."""
         ...
 
+    def penalty(self, layer: int) -> Tensor | None:
+        """What the score of a key loses per squared grid cell of distance (scalar), None for nothing."""
+        ...
+
 
 def active(index: int, scales: int, start: float = 0.0, end: float = 1.0) -> bool:
     """Whether scale `index` of `scales` lies in the window, by the rule of diffusers' `control_guidance_start/end`."""
@@ -56,9 +61,7 @@ def strengths(
     scale: float | Sequence[float], scales: int, *, start: float = 0.0, end: float = 1.0
 ) -> tuple[float, ...]:
     """One strength per scale of the schedule, zero outside the window."""
-    values = [float(scale)] * scales if isinstance(scale, (int, float)) else [float(value) for value in scale]
-    if len(values) != scales:
-        raise ValueError(f"control scale has {len(values)} values for {scales} scales; pass one number or {scales}")
+    values = per_scale(scale, scales, "control scale")
     if not 0 <= start <= end <= 1:
         raise ValueError(f"control window start={start}, end={end}: expected 0 <= start <= end <= 1")
     if min(values) < 0:
@@ -131,6 +134,24 @@ def reference_mask(steps: Steps, scope: Scope, device: torch.device) -> Tensor |
     if scope == "same":
         return scale_mask(steps, "same_scale", device=device)
     return scale_mask(steps, "block_causal", steps[0].start, device)
+
+
+def squared_distances(steps: Steps, scope: Scope, device: torch.device) -> Tensor:
+    """Between the tokens of `steps` and the keys of `ReferenceBank.read` (L, K), in cells of the token's own grid."""
+    known = steps if scope == "same" else [*steps[0].schedule.steps[: steps[0].index], *steps]
+    keys = torch.cat([_centres(step.h, step.w, device) for step in known])  # (K, 2)
+    rows = []
+    for step in steps:
+        size = torch.tensor([step.h, step.w], device=device)
+        offsets = (_centres(step.h, step.w, device)[:, None] - keys) * size  # (n, K, 2)
+        rows.append(offsets.square().sum(-1))
+    return torch.cat(rows)  # (L, K)
+
+
+def _centres(h: int, w: int, device: torch.device) -> Tensor:
+    """Row and column of every cell's centre as fractions of the picture, (h w, 2)."""
+    row, column = (torch.arange(n, device=device).add(0.5) / n for n in (h, w))
+    return torch.stack(torch.meshgrid(row, column, indexing="ij"), dim=-1).flatten(0, 1)  # (h w, 2)
 
 
 class ReferenceInjector:
@@ -222,6 +243,10 @@ class ReferenceInjector:
         readers = q if seen is None else q[seen]
         joint = self.reader.fusion == "joint"
         mask = reference_mask(steps, self.reader.scope, q.device)
+        penalty = self.reader.penalty(layer)
+        if penalty is not None:
+            near = -penalty * squared_distances(steps, self.reader.scope, q.device)  # (L, K)
+            mask = near if mask is None else near.masked_fill(~mask, -torch.inf)
         out, out_lse = attend(readers.to(v.dtype), k, v, mask=mask, return_lse=joint)  # (R, H, L, D)
         if joint:
             merged, merged_lse = self._join(attended, lse, out, out_lse, weight, seen)

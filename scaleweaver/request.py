@@ -102,6 +102,7 @@ def read_numbers(
     defaults: Mapping[str, Any],
     guidance_scale: Numbers | None,
     control_guidance_scale: Numbers | None,
+    guidance_layer: int | None,
     temperature: Numbers | None,
     top_k: int | None,
     top_p: float | None,
@@ -110,6 +111,7 @@ def read_numbers(
     given = {
         "guidance_scale": guidance_scale,
         "control_guidance_scale": control_guidance_scale,
+        "guidance_layer": guidance_layer,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -117,29 +119,57 @@ def read_numbers(
     return {name: _plain(defaults.get(name) if value is None else value, name) for name, value in given.items()}
 
 
+def with_parts(values: Mapping[str, Any], parts: Mapping[str, Any], forced: Sequence[Tensor] | None) -> dict[str, Any]:
+    """Values with what else decided the picture: `parts` of the loop by their names, how many scales were forced.
+
+    The numbers that a given sampler never saw are left out.
+    """
+    unused = ("temperature", "top_k", "top_p") if parts["sampler"] is not None else ()
+    kept = {name: value for name, value in values.items() if name not in unused}
+    named = {name: None if part is None else _name(part) for name, part in parts.items()}
+    return {**kept, **named, "forced": len(forced) if forced else None}
+
+
+def _name(part: Any) -> str:
+    """How an object shows itself, or its class where that is an address or as long as a printed network."""
+    text = repr(part)
+    return text if text.isprintable() and len(text) <= 200 and not text.startswith("<") else type(part).__name__
+
+
 def _plain(value: Any, name: str) -> Any:
     """A number or a list of them from any number-like thing (numpy, torch)."""
     if value is None:
         return None
+    whole, single = name in ("top_k", "guidance_layer"), name in ("top_k", "top_p", "guidance_layer")
     try:
-        array = np.asarray(value, dtype=np.float64)
+        array = np.asarray(value.tolist() if hasattr(value, "tolist") else value, dtype=np.float64)
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {value!r}; pass a number, or a list with one per scale") from None
-    if array.ndim > 1 or (array.ndim == 1 and name in ("top_k", "top_p")):
+    if array.ndim > 1 or (array.ndim == 1 and single):
         raise ValueError(
             f"{name} has shape {array.shape}; pass a number, or a flat list where one per scale is allowed"
         )
-    if name == "top_k":
-        if not np.isfinite(array) or array != int(array):
-            raise ValueError(f"top_k is {value!r}; pass a whole number")
+    if whole:
+        if isinstance(value, bool) or not np.isfinite(array) or array != int(array):
+            raise ValueError(f"{name} is {value!r}; pass a whole number")
         return int(array)
     return array.tolist()
 
 
-def read_guidance(values: Mapping[str, Any], scales: int, controlled: bool) -> ClassifierFreeGuidance | ControlGuidance:
-    """Guidance on the text alone, or on text and control apart when control_guidance_scale is there."""
+def read_guidance(
+    values: Mapping[str, Any], scales: int, controlled: bool, depth: int
+) -> ClassifierFreeGuidance | ControlGuidance:
+    """Guidance on the text alone, or on text and control apart when control_guidance_scale is there.
+
+    With guidance_layer it acts on the hidden state after that of `depth` layers, a negative one counts from the end.
+    """
+    layer = values["guidance_layer"]
+    if layer is not None and not -depth <= layer < depth:
+        raise ValueError(f"guidance_layer is {layer}; this model has the layers 0 to {depth - 1}, or {-depth} to -1")
     if values["control_guidance_scale"] is None:
-        return ClassifierFreeGuidance(values["guidance_scale"], scales)
+        return ClassifierFreeGuidance(values["guidance_scale"], scales, None if layer is None else layer % depth)
+    if layer is not None:
+        raise ValueError("guidance_layer mixes two branches, control_guidance_scale needs three; pass one of them")
     if not controlled:
         raise ValueError("control_guidance_scale was given without a control; pass control= or leave it out")
     return ControlGuidance(values["guidance_scale"], values["control_guidance_scale"], scales)

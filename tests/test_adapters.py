@@ -214,6 +214,11 @@ DAMAGE = {
     ),
     "rank 7": lambda folder: _edit_json(folder, "adapter_config.json", r=7),
     "format 2": lambda folder: _edit_json(folder, "control_config.json", format=2),
+    "lacks the kind, the settings": lambda folder: _edit_json(folder, "control_config.json", config={}),
+    "or the backbone": lambda folder: _edit_json(folder, "control_config.json", backbone=[]),
+    "control_config.json is damaged": lambda folder: _edit_json(
+        folder, "control_config.json", config={"kind": "canny", "thresholds": 3}
+    ),
 }
 
 

@@ -18,7 +18,7 @@ from scaleweaver.cli import app, python_of
 from scaleweaver.controls import Canny, canny
 from scaleweaver.images import fit
 from scaleweaver.metadata import read_settings, write_settings
-from scaleweaver.pipeline import VARControlPipeline
+from scaleweaver.pipeline import VARControlPipeline, auto_dtype
 
 SETTINGS = {
     "model": "toybox",
@@ -114,6 +114,17 @@ def test_python_of_settings_is_a_call_with_the_same_settings() -> None:
     assert passed == {name: SETTINGS[name] for name in ("seed", "temperature", "negative_prompt")}
 
 
+def test_python_of_settings_says_what_it_cannot_write() -> None:
+    parts = {"cache": "Full()", "router": "SingleModel", "sampler": "Mine(3)", "search": "Best", "forced": 2}
+    code = python_of({"model": "toybox", "seed": 7, "guidance_layer": -5, **parts})
+    (call_node,) = [node.value for node in ast.parse(code).body if isinstance(node, ast.Assign)][1:]
+    assert isinstance(call_node, ast.Call) and not call_node.args
+    assert {word.arg: ast.literal_eval(word.value) for word in call_node.keywords} == {"seed": 7, "guidance_layer": -5}
+    comments = [line for line in code.splitlines() if line.startswith("# drawn")]
+    assert [f"# drawn with {name}={parts[name]}" for name in ("cache", "router", "sampler", "search")] == comments[:4]
+    assert "2 scales of given codes" in comments[4] and "prompt_embeds" in comments[5]
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved pipeline whose control was trained on canny maps of thresholds 30 and 90 at 32 pixels."""
@@ -148,6 +159,16 @@ def test_generate_draws_what_the_settings_draw_again(model: Path, tmp_path: Path
     settings = read_settings(out)
     assert (settings["prompt"], settings["seed"], settings["temperature"]) == ("a red cube", 7, 0.8)
     assert np.array_equal(draw_again(out), pixels(out))
+
+
+def test_generate_with_guidance_inside_a_layer(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    common = ["generate", "a red cube", "-m", model, "--seed", 7, "--device", "cpu", "--dtype", "float32"]
+    result = call(*common, "--out", out, "--guidance-layer", -2)
+    assert result.exit_code == 0, result.output
+    assert read_settings(out)["guidance_layer"] == -2
+    assert np.array_equal(draw_again(out), pixels(out))
+    assert "guidance_layer is 9; this model has" in refused(call(*common, "--guidance-layer", 9))
 
 
 def test_generate_under_a_photo_makes_the_map_as_training_did(model: Path, photo: Path, tmp_path: Path) -> None:
@@ -220,6 +241,14 @@ def test_render_writes_pictures_and_goes_on(tmp_path: Path) -> None:
     assert len({file.read_bytes() for file in (tmp_path / "world").rglob("*.png")}) >= 2
 
 
+def test_training_that_diverges_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(*_: Any, **__: Any) -> None:
+        raise FloatingPointError("the loss is nan at step 3; lower lr")
+
+    monkeypatch.setattr("scaleweaver.train.run", diverge)
+    assert "the loss is nan at step 3" in refused(call("train", tmp_path / "recipe.yaml"))
+
+
 def test_render_and_train_refuse_what_does_not_exist(tmp_path: Path) -> None:
     assert "no world 'moon'" in refused(call("render", "moon", "--out", tmp_path))
     assert "is not KEY=VALUE" in refused(call("train", tmp_path / "none.yaml", "--set", "steps"))
@@ -238,5 +267,11 @@ def test_doctor_reports_every_part() -> None:
     findings = {finding["name"]: finding for finding in json.loads(result.output)}
     assert {"python", "torch", "device", "dtype", "kernels", "diffusers", "demo", "toybox"} <= set(findings)
     assert findings["python"]["status"] == findings["torch"]["status"] == "ok"
+    assert "attention: torch" in findings["kernels"]["found"]
+    assert (
+        f"auto means {str(auto_dtype(findings['device']['found'].split(':')[0].split(',')[0]))[6:]} on"
+        in (findings["dtype"]["found"])
+    )
+    assert all("scaleweaver" not in finding["fix"] for finding in findings.values())  # it is on no package index
     assert all(finding["fix"] for finding in findings.values() if finding["status"] != "ok")
     assert result.exit_code == any(finding["status"] == "problem" for finding in findings.values())

@@ -194,8 +194,27 @@ def test_a_given_generator_draws_the_seeds():
     seeds = [g.initial_seed() for g in make_generators(None, 3, generator=torch.Generator().manual_seed(1))]
     assert seeds == [g.initial_seed() for g in make_generators(None, 3, generator=torch.Generator().manual_seed(1))]
     assert len(set(seeds)) == 3
-    given = [torch.Generator(), torch.Generator()]
-    assert make_generators(None, 2, generator=given) == given
+
+
+def test_given_generators_draw_one_seed_each():
+    given = [torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)]
+    first = make_generators(None, 2, generator=given)
+    again = [torch.Generator().manual_seed(g.initial_seed()) for g in first]  # the recorded seeds are the streams
+    for ours, redrawn in zip(first, again, strict=True):
+        assert torch.equal(torch.rand(4, generator=ours), torch.rand(4, generator=redrawn))
+    later = make_generators(None, 2, generator=given)  # the given ones have moved on
+    assert not {g.initial_seed() for g in first} & {g.initial_seed() for g in later}
+    shared = torch.Generator().manual_seed(1)
+    assert len({g.initial_seed() for g in make_generators(None, 2, generator=[shared, shared])}) == 2
+    for wrong in (7, [torch.Generator(), 7], "cpu"):
+        with pytest.raises(ValueError, match=r"pass a torch\.Generator, or a list"):
+            make_generators(None, 2, generator=wrong)
+
+
+@pytest.mark.parametrize("seed", ["seven", ["seven"], [["seven"]], ["7"], object])
+def test_seeds_that_are_no_numbers(seed):
+    with pytest.raises(ValueError, match="; pass a whole number from 0 to"):
+        make_generators(seed, 1)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True, "7", [1, "2"], [1, -2]])

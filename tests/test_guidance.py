@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -75,11 +76,14 @@ def test_per_scale_lists():
     assert per_scale(2, 3, "x") == (2.0, 2.0, 2.0)
     assert per_scale([1, 2, 3], 3, "x") == (1.0, 2.0, 3.0)
     assert per_scale(torch.tensor([1.0, 2.0]).numpy(), 2, "x") == (1.0, 2.0)
+    for single in (np.float32(2), np.array(2), torch.tensor(2.0), torch.tensor(2, dtype=torch.bfloat16)):
+        assert per_scale(single, 2, "x") == (2.0, 2.0)
+    assert per_scale(torch.tensor([1.0, 2.0], requires_grad=True), 2, "x") == (1.0, 2.0)
     with pytest.raises(ValueError, match="guidance_scale has 2 values but there are 3 scales"):
         ClassifierFreeGuidance([1.0, 2.0], 3)
     with pytest.raises(ValueError, match="finite"):
         per_scale(float("nan"), 3, "x")
-    for value in (None, "strong", [1.0, None, 2.0]):
+    for value in (None, "strong", [1.0, None, 2.0], np.ones((3, 3)), np.array(None)):
         with pytest.raises(ValueError, match="pass one number or a list of 3"):
             per_scale(value, 3, "x")
     with pytest.raises(ValueError, match="insert_after is -1"):

@@ -16,7 +16,7 @@ from hub_server import Hub, running_hub
 from tiny_pipeline import tiny_pipeline
 
 from scaleweaver.adapters import save_control
-from scaleweaver.hub import locate, upload
+from scaleweaver.hub import locate, locate_control, upload
 from scaleweaver.pipeline import VARControlPipeline
 
 
@@ -104,6 +104,21 @@ def test_errors(hub: Hub) -> None:
             locate(**arguments)
     with pytest.raises(ValueError, match=r"holds no control_config\.json"):
         tiny_pipeline().load_control("me/empty")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "no readable JSON"),
+        ("{}", "says format None"),
+        ('{"format": 1, "method": "scaleweaver"}', "lacks the kind"),
+        ('{"format": 1, "method": "scaleweaver", "config": {}, "backbone": {}}', "lacks the kind"),
+    ],
+)
+def test_the_kind_of_a_damaged_control(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "control_config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"control_config\.json .*{words}"):
+        locate_control(tmp_path)
 
 
 def test_no_connection(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,8 +188,38 @@ def test_two_level_images_stay_two_level() -> None:
     edges = Image.fromarray((np.random.default_rng(1).random((50, 70)) < 0.2).astype(np.uint8) * 255).convert("RGB")
     for resize in ("crop", "pad", "stretch"):
         assert is_two_level(fit(edges, 33, 41, resize))
-    assert not is_two_level(fit(edges, 33, 41, nearest=False))
+        assert is_two_level(fit(edges, 133, 141, resize))
+    assert not is_two_level(fit(edges, 33, 41, two_level=False))
     assert not is_two_level(fit(Image.fromarray(rgb()), 3, 3))
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("size", [1024, 700, 300, 129])
+def test_a_line_of_one_pixel_survives_unbroken(size: int, resize: str) -> None:
+    index = np.arange(size)
+    for rows, columns in ((np.full(size, size // 3), index), (index, np.full(size, size // 3 + 1)), (index, index)):
+        drawn = np.zeros((size, size), np.uint8)
+        drawn[rows, columns] = 255
+        small = values(fit(read_image(drawn), 128, 128, resize))[..., 0] == 255
+        across = small.any(1) if (rows == index).all() else small.any(0)
+        assert across.all()  # every row or column of the picture still meets the line
+        assert small.sum() <= 2 * 128  # which did not grow thick
+
+
+def test_a_stretched_line_survives_in_the_axis_that_shrinks_most() -> None:
+    drawn = np.zeros((1024, 64), np.uint8)
+    drawn[500], drawn[:, 20] = 255, 255
+    small = values(fit(read_image(drawn), 128, 128, "stretch"))[..., 0] == 255
+    assert small[62].all() and small[:, 41].all()
+
+
+def test_masks_keep_the_area_not_the_lines() -> None:
+    drawn = np.zeros((64, 64), np.uint8)
+    drawn[:, :32], drawn[:, 48] = 255, 255
+    mask = mask_tensor(drawn, 8, 8)
+    assert (mask[:, :4] == 1).all() and (mask[:, 4:] == 0).all()
+    drawn[:, 32:36] = 255  # half of the next column
+    assert (mask_tensor(drawn, 8, 8)[:, 4] == 1).all()
 
 
 @pytest.mark.parametrize(

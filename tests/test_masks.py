@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from tiny import tiny_schedule
 
-from scaleweaver.masks import dense, row_ranges, scale_mask
+from scaleweaver.masks import LARGEST_KEPT, dense, row_ranges, scale_mask
+from scaleweaver.schedule import infinity_schedule
 
 
 def test_block_causal_rows_see_up_to_their_own_scale():
@@ -47,6 +50,15 @@ def test_masks_are_remembered_and_fit_for_training(kind):
     assert mask is scale_mask(tiny_schedule().steps, kind) and not mask.is_inference()
     assert mask.shape == (30, 30) and bool(mask.any(1).all())
     assert scale_mask(steps[1:], kind, history=2).shape == (29, 31)
+
+
+def test_a_large_mask_is_not_kept_in_memory():
+    schedule = infinity_schedule("1.0", "0.60M")
+    mask = scale_mask(schedule.steps, "same_scale")
+    assert mask.nbytes == schedule.length**2 > LARGEST_KEPT
+    gone = weakref.ref(mask)
+    del mask
+    assert gone() is None
 
 
 def test_unknown_kind():

@@ -65,7 +65,12 @@ def test_a_callers_own_pnginfo_wins(tmp_path: Path) -> None:
 def test_pickle_keeps_settings_and_edits_are_plain() -> None:
     picture = pickle.loads(pickle.dumps(write_settings(image(), SETTINGS)))
     assert isinstance(picture, Picture) and picture.settings == SETTINGS
-    assert not isinstance(picture.resize((4, 4)), Picture)
+    for edited in (picture.resize((4, 4)), picture.crop((0, 0, 4, 4)), picture.copy(), picture.convert("L")):
+        assert not isinstance(edited, Picture) and read_settings(edited) == SETTINGS
+        for format in ("PNG", "JPEG", "WEBP"):
+            edited.save(buffer := io.BytesIO(), format)
+            with pytest.raises(ValueError, match="carries no settings"):
+                read_settings(Image.open(buffer))
 
 
 def test_errors(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tiny_pipeline import add_tiny_control, tiny_pipeline
 from torch import Tensor
 
 from scaleweaver.contracts import Control, Route, SamplerState
+from scaleweaver.loop import SingleModel
 from scaleweaver.metadata import read_settings
 from scaleweaver.pipeline import VARControlPipeline, auto_dtype, read_dtype
 from scaleweaver.sampling import BitwiseSampler
@@ -84,7 +85,11 @@ def test_fresh_seeds_and_generators(pipe: VARControlPipeline) -> None:
         latent(pipe, seed=None, generator=torch.Generator().manual_seed(1)),
         latent(pipe, seed=None, generator=torch.Generator().manual_seed(1)),
     )
-    assert torch.equal(latent(pipe, seed=None, generator=[torch.Generator().manual_seed(1)]), latent(pipe))
+    used = torch.Generator().manual_seed(1)
+    torch.rand(5, generator=used)  # no seed tells where in its stream it is
+    drawn = pipe([PROMPT, "a tree"], generator=[used, torch.Generator()], output_type="latent")
+    assert torch.equal(latent(pipe, [PROMPT, "a tree"], seed=drawn.seeds), drawn.latent)
+    assert torch.equal(latent(pipe, "a tree", seed=drawn.settings[1]["seed"]), drawn.latent[1:])
 
 
 def test_output_types(pipe: VARControlPipeline) -> None:
@@ -123,6 +128,29 @@ def test_stop_after_and_forced_codes(pipe: VARControlPipeline) -> None:
     assert short.settings[0]["stop_after"] == 2
     other = pipe(PROMPT, seed=2, forced=full.codes)
     assert torch.equal(other.latent, full.latent) and other.seeds == [2]
+
+
+class Alternate:
+    """Every second scale by another network; shows itself by its class alone."""
+
+    def __init__(self, *networks: Any) -> None:
+        self.networks = networks
+
+    def route(self, step: ScaleStep) -> Route:
+        return Route(self.networks[step.index % len(self.networks)])
+
+
+def test_settings_name_the_parts_of_a_call(pipe: VARControlPipeline) -> None:
+    plain = pipe(PROMPT, seed=1)
+    assert not {"sampler", "router", "cache", "search", "forced", "guidance_layer"} & set(plain.settings[0])
+    out = pipe(PROMPT, seed=1, sampler=BitwiseSampler(0.5, top_k=1), router=Alternate(pipe.transformer))
+    settings = out.settings[0]
+    assert settings["sampler"] == "BitwiseSampler(temperature=0.5, top_k=1, top_p=0.0)"
+    assert settings["router"] == "Alternate"
+    assert not {"temperature", "top_k", "top_p"} & set(settings)
+    single = pipe(PROMPT, seed=1, router=SingleModel(pipe.transformer)).settings[0]
+    assert single["router"] == "SingleModel"  # not the printed network
+    assert pipe(PROMPT, seed=2, forced=plain.codes[:2]).settings[0]["forced"] == 2
 
 
 # text and numbers
@@ -229,6 +257,22 @@ def test_ways_to_say_the_same(pipe: VARControlPipeline, tmp_path: Path) -> None:
         assert torch.equal(latent(pipe, control=control), expected)
 
 
+def test_strengths_of_any_number_type(pipe: VARControlPipeline) -> None:
+    expected = latent(pipe, control=Control("canny", edges(), scale=0.5))
+    for scale in (np.float32(0.5), np.array(0.5), torch.tensor(0.5), np.full(4, 0.5), torch.full((4,), 0.5).bfloat16()):
+        out = pipe(PROMPT, seed=1, control=Control("canny", edges(), scale=scale))  # type: ignore[arg-type]
+        assert torch.equal(out.latent, expected)
+        assert out.settings[0]["control"][0]["scale"] in (0.5, [0.5] * 4)
+
+
+def test_thin_lines_of_a_large_map_are_kept(pipe: VARControlPipeline) -> None:
+    drawn = np.zeros((256, 256), np.uint8)
+    drawn[100] = 255
+    small = np.zeros((32, 32), np.uint8)
+    small[12] = 255
+    assert torch.equal(latent(pipe, control={"canny": drawn}), latent(pipe, control={"canny": small}))
+
+
 def test_window_follows_the_rule_of_diffusers(pipe: VARControlPipeline) -> None:
     windowed = latent(pipe, control=Control("canny", edges(), start=0.25, end=0.75))
     assert torch.equal(windowed, latent(pipe, control=Control("canny", edges(), scale=[0, 1, 1, 0])))
@@ -276,7 +320,7 @@ def test_a_control_of_another_size_meets_the_resize_rule(
     assert torch.equal(crop, latent(pipe, control={"canny": wide.crop((16, 0, 48, 32))}))
     caplog.clear()
     assert not torch.equal(latent(pipe, control=Control("canny", wide, resize="pad")), crop)
-    stretched = wide.resize((32, 32), Image.Resampling.NEAREST)
+    stretched = np.asarray(wide).reshape(32, 32, 2).max(axis=2)  # no line is lost
     assert torch.equal(
         latent(pipe, control=Control("canny", wide, resize="stretch")), latent(pipe, control={"canny": stretched})
     )
@@ -289,6 +333,17 @@ def test_control_guidance(pipe: VARControlPipeline) -> None:
     assert torch.equal(latent(pipe, control=control, control_guidance_scale=1.0), plain)
     strong = pipe(PROMPT, seed=1, control=control, control_guidance_scale=2.0)
     assert not torch.equal(strong.latent, plain) and strong.settings[0]["control_guidance_scale"] == 2.0
+
+
+def test_guidance_inside_a_layer(pipe: VARControlPipeline) -> None:
+    plain, control = latent(pipe), {"canny": edges()}
+    inside = pipe(PROMPT, seed=1, guidance_layer=1)
+    assert not torch.equal(inside.latent, plain)
+    assert not torch.equal(inside.latent, latent(pipe, guidance_layer=0))
+    assert torch.equal(latent(pipe, guidance_layer=np.int64(-2)), inside.latent)  # of three layers
+    assert inside.settings[0]["guidance_layer"] == 1
+    assert torch.equal(latent(pipe, guidance_layer=1, guidance_scale=1), latent(pipe, guidance_scale=1))
+    assert not torch.equal(latent(pipe, guidance_layer=1, control=control), latent(pipe, control=control))
 
 
 def test_an_adapter_that_reads_the_prompt() -> None:
@@ -351,13 +406,7 @@ def test_search_survivors_keep_their_prompt_and_seed(pipe: VARControlPipeline) -
 
 
 def test_a_router_with_another_network(pipe: VARControlPipeline) -> None:
-    class Alternate:
-        networks = (pipe.transformer, tiny_backbone(5))
-
-        def route(self, step: ScaleStep) -> Route:
-            return Route(self.networks[step.index % 2])
-
-    mixed = latent(pipe, router=Alternate(), control={"canny": edges()})
+    mixed = latent(pipe, router=Alternate(pipe.transformer, tiny_backbone(5)), control={"canny": edges()})
     assert mixed.shape == (1, 3, 8, 8) and not torch.equal(mixed, latent(pipe, control={"canny": edges()}))
 
 
@@ -430,6 +479,17 @@ def test_dtypes(folder: Path) -> None:
             read_dtype(bad)  # type: ignore[arg-type]
 
 
+def test_auto_dtype_is_that_of_the_device() -> None:
+    on_cpu = auto_dtype("cpu")
+    assert on_cpu in (torch.float32, torch.bfloat16)
+    assert auto_dtype("mps") == torch.float32
+    assert read_dtype("auto", torch.device("cpu")) == on_cpu and read_dtype("float16", "cpu") == torch.float16
+    if torch.cuda.is_available():
+        assert auto_dtype() == auto_dtype("cuda") == auto_dtype("cuda:0")
+    else:
+        assert auto_dtype() == on_cpu and auto_dtype("cuda") == torch.float32
+
+
 def test_components_and_defaults_can_be_given(folder: Path) -> None:
     vae = tiny_vae(7)
     loaded = VARControlPipeline.from_pretrained(folder, vae=vae, guidance_scale=1.5)
@@ -492,13 +552,23 @@ def test_progress_bar(pipe: VARControlPipeline, capsys: pytest.CaptureFixture[st
         ({"stop_after": 9}, "1 to 4"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"control_guidance_scale": 2}, "without a control"),
+        ({"guidance_layer": 3}, "guidance_layer is 3; this model has the layers 0 to 2, or -3 to -1"),
+        ({"guidance_layer": -4}, "guidance_layer is -4"),
+        ({"guidance_layer": 1.5}, "guidance_layer is 1.5; pass a whole number"),
+        ({"guidance_layer": True}, "guidance_layer is True"),
+        ({"guidance_layer": [1]}, "guidance_layer has shape"),
+        ({"guidance_layer": 1, "control_guidance_scale": 2, "control": {"canny": edges()}}, "pass one of them"),
+        ({"seed": "seven"}, "seed is 'seven'; pass a whole number"),
+        ({"generator": 7}, "generator is 7; pass a torch.Generator"),
         ({"control": edges()}, 'pass {"canny": image}'),
         ({"control": {"pose": edges()}}, 'control "pose" is not loaded; there is canny, depth'),
         ({"control": {"canny": None}}, 'control "canny" image is a NoneType'),
         ({"control": {"canny": []}}, "empty list"),
         ({"control": {"canny": "nowhere.png"}}, "no file 'nowhere.png'"),
         ({"control": Control("canny", edges(), resize="fill")}, "resize='fill'"),
-        ({"control": Control("canny", edges(), scale=[1.0])}, 'control "canny": .*1 values for 4 scales'),
+        ({"control": Control("canny", edges(), scale=[1.0])}, 'control "canny": .*1 values but there are 4 scales'),
+        ({"control": Control("canny", edges(), scale=float("nan"))}, 'control "canny": .*finite'),
+        ({"control": Control("canny", edges(), scale=[1, 1, float("inf"), 1])}, 'control "canny": .*finite'),
         ({"control": Control("canny", edges(), scale=-1)}, "negative"),
         ({"control": Control("canny", edges(), start=0.8, end=0.2)}, "start <= end"),
         ({"control": Control("canny", edges(), mask=np.full((4, 4), np.nan))}, 'mask of control "canny" holds NaN'),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_schedule
@@ -79,8 +82,8 @@ def test_nothing_happens_where_nothing_should() -> None:
     step = SCHEDULE.steps[1]
     q, attended = normal(1, H, step.n, D), normal(1, H, step.n, D)
     injector = ReferenceInjector(bank(), reader(), (1.0, 0.0, 1.0, 1.0))
-    assert injector.inject(1, (step,), q, attended, None) == (attended, None, None)  # no such layer in the bank
-    assert injector.inject(0, (step,), q, attended, None) == (attended, None, None)  # off at this scale
+    assert injector.inject(1, (step,), q, attended, None) == (attended, None, None, None)  # no such layer in the bank
+    assert injector.inject(0, (step,), q, attended, None) == (attended, None, None, None)  # off at this scale
     assert not ReferenceInjector(bank(), reader(fusion="joint"), (0.0,) * 4).needs_lse(0)
     with pytest.raises(ValueError, match="log-sum-exp"):
         ReferenceInjector(bank(), reader(fusion="joint"), ON).inject(0, (step,), q, attended, None)
@@ -203,6 +206,13 @@ def test_window_follows_diffusers() -> None:
     assert on(0.3, 0.35) == []
     assert strengths(0.8, 4, end=0.5) == (0.8, 0.8, 0, 0)
     assert strengths([1, 0.5, 0.25, 0], 4, start=0.25) == (0, 0.5, 0.25, 0)
-    for wrong in ({"scale": [1, 1]}, {"scale": 1, "start": 0.6, "end": 0.5}, {"scale": -1}, {"scale": 1, "end": 1.5}):
+    for single in (np.float32(0.5), np.array(0.5), torch.tensor(0.5)):
+        assert strengths(single, 4) == (0.5,) * 4  # type: ignore[arg-type]
+    assert strengths(np.array([1, 0.5, 0, 2]), 4) == (1, 0.5, 0, 2)  # type: ignore[arg-type]
+    wrongs: list[dict[str, Any]] = [
+        {"scale": [1, 1]}, {"scale": -1}, {"scale": [1, float("nan"), 1, 1]}, {"scale": float("inf")}, {"scale": None},
+        {"scale": 1, "start": 0.6, "end": 0.5}, {"scale": 1, "end": 1.5}, {"scale": 1, "start": float("nan")},
+    ]  # fmt: skip
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="control"):
-            strengths(**{"scales": 4, **wrong})  # type: ignore[arg-type]
+            strengths(**{"scales": 4, **wrong})

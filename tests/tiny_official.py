@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny import TEXT_WIDTH, tiny_backbone
@@ -26,12 +27,12 @@ def shapes(name: str) -> dict[str, list[int]]:
     return {key: shape for key, (_, shape) in json.loads((GOLDEN / f"{name}_keys.json").read_text())["tensors"].items()}
 
 
-def tiny_infinity(**config: int) -> InfinityTransformer:
+def tiny_infinity(**config: Any) -> InfinityTransformer:
     """A random transformer that goes with `tiny_bsq` and `write_text_encoder`."""
     return tiny_backbone(**{"depth": 4, "bits": BITS, "text_length": 512, **config})
 
 
-def tiny_bsq(seed: int = 0, **config: int) -> BSQTokenizer:
+def tiny_bsq(seed: int = 0, **config: Any) -> BSQTokenizer:
     """A random tokenizer of stride 16 with the published numbers of blocks."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

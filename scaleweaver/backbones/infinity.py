@@ -102,11 +102,11 @@ class InfinityTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: i
         self.init_weights()
 
     @classmethod
-    def preset(cls, name: str) -> dict[str, Any]:
-        """Constructor arguments of a published model; build it with `InfinityTransformer(**preset)`."""
+    def preset(cls, name: str) -> InfinityTransformer:
+        """A published architecture with fresh weights: 125M, 2B, 8B, or layer12 to layer48 of the scaling study."""
         if name not in PRESETS:
             raise ValueError(f"backbone preset {name!r} is unknown; pass one of {', '.join(PRESETS)}")
-        return dict(PRESETS[name])
+        return cls(**PRESETS[name])
 
     @torch.no_grad()
     def init_weights(
@@ -195,7 +195,12 @@ class InfinityTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: i
         if inputs is not None and expected:
             parts.append(self.code_embed(inputs.to(self.code_embed.weight.dtype)).float())  # (R, T', C)
         x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # (R, T, C)
-        return x + self.level_embed(_levels(tuple(steps), x.device))
+        return x + self.level_embedding(steps)
+
+    def level_embedding(self, steps: Steps) -> Tensor:
+        """The embedding of its scale for every token, (T, C)."""
+        embedding: Tensor = self.level_embed(_levels(tuple(steps), self.null_text.device))
+        return embedding
 
     def rope(self, steps: Steps) -> Rope:
         """(cos, sin), each (T, D/2) float32, remembered per scales and device."""

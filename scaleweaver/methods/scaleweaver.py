@@ -18,11 +18,13 @@ half of the blocks. Inferred: everything else. A softmax of its own for the refe
 change the fresh model; Z as a full C x C layer on the attention result, inside the AdaLN gate; same-scale scope;
 tokens from the continuous latent; positions and level embedding of the image tokens; modulation by the null text and
 no text cross-attention, so that one condition pass serves all prompts and guidance branches; a type embedding and an
-affine on the inputs; rank and targets of the LoRA. Each is a field of `ScaleWeaverConfig`, saved with the adapter.
+affine on the inputs; the penalty of distance; rank and targets of the LoRA. Each is a field of `ScaleWeaverConfig`,
+saved with the adapter.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
@@ -49,8 +51,10 @@ class ScaleWeaverConfig:
     """All choices of one control; saved beside its weights.
 
     inject_blocks: blocks whose image queries read the condition, None for the first half. lora_alpha: None for the
-    rank. null_tokens: length of the null text whose pool modulates the condition stream. detector, thresholds and
-    resolution record how the training maps were made, so that a user's map can be made alike.
+    rank. null_tokens: length of the null text whose pool modulates the condition stream. locality: what a score
+    loses per squared grid cell between image token and condition token at the start of training, one learned number
+    a block; None for attention by content alone. detector, thresholds and resolution record how the training maps
+    were made, so that a user's map can be made alike.
     """
 
     kind: str
@@ -60,6 +64,7 @@ class ScaleWeaverConfig:
     condition_modulation: Modulation = "null"
     condition_tokens: Tokens = "continuous"
     z_position: Position = "before_gate"
+    locality: float | None = None
     lora_rank: int = 16
     lora_alpha: int | None = None
     lora_targets: tuple[str, ...] = ("attn.qkv", "attn.proj")
@@ -79,6 +84,8 @@ class ScaleWeaverConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {choices}")
         if not self.kind:
             raise ValueError("kind is empty; pass the kind of control, for example 'canny'")
+        if self.locality is not None and not 0 < self.locality < math.inf:
+            raise ValueError(f"locality={self.locality}: expected a positive number, or None for no penalty")
         if self.lora_rank < 1 or self.null_tokens < 1 or not self.lora_targets:
             raise ValueError(
                 f"lora_rank={self.lora_rank}, null_tokens={self.null_tokens}, lora_targets={self.lora_targets}: "
@@ -123,6 +130,9 @@ class ControlAdapter(nn.Module):
         self.input_scale = nn.Parameter(torch.ones(bits))
         self.input_shift = nn.Parameter(torch.zeros(bits))
         self.type_embed = nn.Parameter(torch.zeros(1, 1, width))
+        self.log_locality: nn.Parameter | None = None
+        if config.locality is not None:
+            self.log_locality = nn.Parameter(torch.full((len(self.blocks),), math.log(config.locality)))
         self.z = nn.ModuleDict()
         if config.fusion == "separate":
             for block in self.blocks:
@@ -152,6 +162,10 @@ class ControlAdapter(nn.Module):
         z = self.z[str(layer)]
         flat = attended.transpose(1, 2).flatten(2)  # (R, L, C)
         return z(flat.to(z.weight.dtype)).to(flat.dtype)  # type: ignore[arg-type]
+
+    def penalty(self, layer: int) -> Tensor | None:
+        """Score lost per squared cell of distance between a token and a condition token, a positive scalar."""
+        return None if self.log_locality is None else self.log_locality[self.blocks.index(layer)].float().exp()
 
 
 def condition_inputs(
@@ -205,7 +219,7 @@ def prefill(
     inputs = inputs.repeat(repeats, 1, 1)  # (Bc | R, T, N)
     inputs = inputs.to(adapter.input_scale) * adapter.input_scale + adapter.input_shift
     c = backbone.code_embed(inputs.to(backbone.code_embed.weight.dtype)).float()  # (Bc | R, T, C)
-    c = c + level_embedding(backbone, schedule) + adapter.type_embed
+    c = c + backbone.level_embedding(steps) + adapter.type_embed
     rope = backbone.rope(steps)
     mask = reference_mask(steps, adapter.scope, c.device)
     keys: dict[int, Tensor] = {}
@@ -236,12 +250,6 @@ def condition_block(
         out, _ = attend(q.to(v.dtype), k.to(v.dtype), v, mask=mask)  # (Bc, H, T, D)
         c = torch.addcmul(c, gamma1, block.attn.output(out))
         return torch.addcmul(c, gamma2, block.ffn(modulate(c, scale2, shift2, block.eps))), k, v
-
-
-def level_embedding(backbone: Any, schedule: ScaleSchedule) -> Tensor:
-    """The embedding of its scale for every token, (1, T, C)."""
-    table = backbone.level_embed.weight
-    return torch.cat([table[step.index].expand(1, step.n, -1) for step in schedule.steps], dim=1)  # (1, T, C)
 
 
 def _modulation(backbone: Any, config: ScaleWeaverConfig, text: TextContext | None, rows: int) -> tuple[Tensor, int]:

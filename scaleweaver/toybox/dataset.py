@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -66,7 +67,7 @@ def draw_batch(
     device: str = "cpu",
     version: int = VERSION,
 ) -> ToyboxBatch:
-    """Sample, caption and render the pictures of some indices."""
+    """Sample, caption and render the pictures of some indices, on `device`; what comes back lies on the CPU."""
     numbers = list(indices)
     scenes = [sample_scene(split, index, version=version) for index in numbers]
     texts = [
@@ -75,12 +76,27 @@ def draw_batch(
     ]
     frames = render(scenes, size=size, supersample=supersample, device=device)
     # the renderer works in inference mode, whose tensors autograd refuses; copies made here are ordinary ones
-    image, depth, ids = (tensor.clone() for tensor in (frames.image, frames.depth, frames.ids))
+    image, depth, ids = (tensor.to("cpu", copy=True) for tensor in (frames.image, frames.depth, frames.ids))
     return ToyboxBatch(numbers, scenes, texts, image, depth, ids, frames.keypoints)
 
 
+def check_device(device: str, workers: int) -> None:
+    """Refuses a device that is not there, and one other than the CPU together with background processes."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}, which torch does not know; pass cpu, cuda or cuda:1") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch sees no GPU here; pass device='cpu'")
+    if kind != "cpu" and workers:
+        raise ValueError(f"device {device!r} with {workers} background processes, which cannot use it; pass workers=0")
+
+
 class ToyboxDataset(Dataset[ToyboxSample]):
-    """Pictures [start, start + count) of a split, one at a time; `ToyboxBatches` renders faster."""
+    """Pictures [start, start + count) of a split, one at a time; `ToyboxBatches` renders faster.
+
+    A `device` other than the CPU renders there, which a `DataLoader` with background processes cannot do.
+    """
 
     def __init__(
         self,
@@ -91,13 +107,16 @@ class ToyboxDataset(Dataset[ToyboxSample]):
         size: int = 128,
         supersample: int = 2,
         variant: int = 0,
+        device: str = "cpu",
         version: int = VERSION,
     ) -> None:
         if count < 1:
             raise ValueError(f"count is {count}; a dataset needs at least one picture")
+        check_device(device, workers=0)
         generator(split, start)  # complains about an unknown split or a negative start now, not in a worker
         self.split, self.count, self.start = split, count, start
         self.size, self.supersample, self.variant, self.version = size, supersample, variant, version
+        self.device = device
 
     def __len__(self) -> int:
         return self.count
@@ -117,6 +136,7 @@ class ToyboxDataset(Dataset[ToyboxSample]):
             size=self.size,
             supersample=self.supersample,
             variant=self.variant,
+            device=self.device,
             version=self.version,
         )
 
@@ -136,7 +156,8 @@ class ToyboxBatches:
     """Batches in order of index, rendered by `workers` background processes (0: in this one).
 
     Without `count` the stream does not end. An interrupted run goes on at the same picture: `state_dict()` names the
-    next index, `load_state_dict` or `start` takes it; every `iter()` begins there.
+    next index, `load_state_dict` or `start` takes it; every `iter()` begins there, and at the first picture again once
+    all were read. A `device` other than the CPU renders there and needs workers=0.
     """
 
     def __init__(
@@ -150,10 +171,12 @@ class ToyboxBatches:
         supersample: int = 2,
         workers: int = 1,
         variant: int = 0,
+        device: str = "cpu",
         version: int = VERSION,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        check_device(device, workers)
         self.pictures = ToyboxDataset(
             split,
             count or ENDLESS,
@@ -161,6 +184,7 @@ class ToyboxBatches:
             size=size,
             supersample=supersample,
             variant=variant,
+            device=device,
             version=version,
         )
         self.batch_size, self.workers = batch_size, workers
@@ -188,6 +212,7 @@ class ToyboxBatches:
             # counted before the batch is handed out: whoever saves the state has seen this batch
             self.position += len(batch)
             yield batch
+        self.position = 0
 
 
 def _unchanged(batch: Any) -> Any:

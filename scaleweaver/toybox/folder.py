@@ -9,14 +9,14 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from scaleweaver.toybox.dataset import ToyboxBatches, ToyboxSample
+from scaleweaver.toybox.dataset import ToyboxBatches, ToyboxSample, check_device
 from scaleweaver.toybox.drawing import depth_map, depth_range, draw_skeleton, ids_map
 from scaleweaver.toybox.scene import VERSION, attributes
 from scaleweaver.toybox.store import agree_on_settings, complete_lines, write_atomic
@@ -46,14 +46,19 @@ def write_folder(
     pictures_per_shard: int = 1000,
     workers: int = 0,
     batch_size: int = 16,
+    device: str = "cpu",
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Write pictures [start, start + count) of a split into the folder `out`; returns how many were rendered now.
 
     What is complete already is skipped, so an interrupted call goes on where it stopped and a larger `count` extends
     the folder. With `shards` the samples go into out/<split>-<first index>.tar instead, `pictures_per_shard` each.
+    `on_progress(done, count)` hears at the start and after every picture how many are there; a `device` other than
+    the CPU renders there and needs workers=0.
     """
     if count < 1 or pictures_per_shard < 1:
         raise ValueError(f"count {count} and pictures_per_shard {pictures_per_shard} must be at least 1")
+    check_device(device, workers)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"version": VERSION, "split": split, "start": start, "size": size, "supersample": supersample}
@@ -70,16 +75,22 @@ def write_folder(
             supersample=supersample,
             workers=workers,
             variant=variant,
+            device=device,
         )
         for batch in batches:
             yield from (batch[i] for i in range(len(batch)))
 
+    def report(done: int) -> None:
+        if on_progress is not None:
+            on_progress(done, count)
+
     if not shards:
-        return _write_files(folder, start, count, render)
+        return _write_files(folder, start, count, render, report)
     rendered = 0
     for first in range(start, start + count, pictures_per_shard):
         number = min(pictures_per_shard, start + count - first)
-        rendered += _write_shard(folder / f"{split}-{first:08d}.tar", number, render(first, number))
+        path = folder / f"{split}-{first:08d}.tar"
+        rendered += _write_shard(path, first - start, number, render(first, number), report)
     return rendered
 
 
@@ -119,7 +130,7 @@ def openpose_json(keypoints: np.ndarray, height: int, width: int) -> dict[str, A
     return {"version": 1.3, "canvas_height": height, "canvas_width": width, "people": people}
 
 
-def _write_files(folder: Path, start: int, count: int, render: Any) -> int:
+def _write_files(folder: Path, start: int, count: int, render: Any, report: Callable[[int], None]) -> int:
     """Files first, then the line that declares the picture complete."""
     for place, _ in PLACES.values():
         (folder / place).mkdir(parents=True, exist_ok=True)
@@ -130,6 +141,8 @@ def _write_files(folder: Path, start: int, count: int, render: Any) -> int:
             records[index] = line
     rendered = 0
     _write_lines(folder, records)
+    there = sum(start <= index < start + count for index in records)
+    report(there)
     with open(folder / LINES, "a", encoding="utf-8") as lines:
         for first, number in _gaps(start, count, set(records)):
             for sample in render(first, number):
@@ -143,6 +156,7 @@ def _write_files(folder: Path, start: int, count: int, render: Any) -> int:
                 lines.write(records[sample.index] + "\n")
                 lines.flush()
                 rendered += 1
+                report(there + rendered)
     _write_lines(folder, records)
     return rendered
 
@@ -161,15 +175,19 @@ def _gaps(start: int, count: int, done: set[int]) -> Iterator[tuple[int, int]]:
             first = index + 1
 
 
-def _write_shard(path: Path, number: int, samples: Iterator[ToyboxSample]) -> int:
+def _write_shard(
+    path: Path, before: int, number: int, samples: Iterator[ToyboxSample], report: Callable[[int], None]
+) -> int:
     """One tar file, there when it is complete; returns how many pictures were rendered for it."""
     if path.is_file():
         with tarfile.open(path) as tar:
             if sum(name.endswith(".txt") for name in tar.getnames()) == number:
+                report(before + number)
                 return 0
     partial = path.with_name(path.name + ".part")
     with tarfile.open(partial, "w") as tar:
-        for sample in samples:
+        for written, sample in enumerate(samples):
+            report(before + written)
             files = sample_files(sample)
             files |= {"text": sample.text.encode(), "record": json.dumps(sample_record(sample)).encode()}
             for key, data in files.items():
@@ -178,6 +196,7 @@ def _write_shard(path: Path, number: int, samples: Iterator[ToyboxSample]) -> in
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
     os.replace(partial, path)
+    report(before + number)
     return number
 
 

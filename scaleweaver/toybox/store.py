@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scaleweaver.toybox.captions import caption
-from scaleweaver.toybox.dataset import ToyboxBatch, ToyboxBatches
+from scaleweaver.toybox.dataset import ToyboxBatch, ToyboxBatches, caption_of, check_device
 from scaleweaver.toybox.drawing import depth_map
-from scaleweaver.toybox.scene import VERSION, attributes, generator
+from scaleweaver.toybox.scene import VERSION, Scene, attributes
 
 MAPS = ("depth", "ids", "keypoints")
 LINES, SETTINGS = "captions.jsonl", "store.json"
@@ -31,15 +30,20 @@ def cache_renders(
     maps: Sequence[str] = (),
     workers: int = 1,
     batch_size: int = 16,
+    device: str = "cpu",
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> RenderStore:
     """Render pictures [start, start + count) of a split into the folder `path`; an interrupted call goes on there.
 
     `captions` wordings are kept for each picture; `maps` picks some of "depth" (grey as in `drawing.depth_map`), "ids"
     and "keypoints" (of the first person, zeros where there is none). Pictures already there can be read meanwhile.
+    `on_progress(done, count)` hears at the start and after every batch how many are there, nothing where all were. A
+    `device` other than the CPU renders there and needs workers=0.
     """
     unknown = sorted(set(maps) - set(MAPS))
     if unknown:
         raise ValueError(f"unknown maps {unknown}, expected some of {', '.join(MAPS)}")
+    check_device(device, workers)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -59,11 +63,16 @@ def cache_renders(
             size=size,
             supersample=supersample,
             workers=workers,
+            device=device,
         )
         with open(folder / LINES, "a", encoding="utf-8") as lines:
+            if on_progress is not None:
+                on_progress(done, count)
             for batch in batches:
                 _write(batch, arrays, done, settings, lines)
                 done += len(batch)
+                if on_progress is not None:
+                    on_progress(done, count)
     return RenderStore(folder)
 
 
@@ -88,6 +97,16 @@ class RenderStore:
     def __len__(self) -> int:
         return len(self._lines)
 
+    def image(self, row: int) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        return np.array(self.images[row])
+
+    def map(self, name: str, row: int) -> np.ndarray:
+        """One of the maps that were kept."""
+        if name not in self.maps:
+            raise ValueError(f'{self.path} was rendered without "{name}"; render it with maps=("depth", "keypoints")')
+        return np.array(self.maps[name][row])
+
     def texts(self, row: int) -> list[str]:
         """The wordings of a picture's caption."""
         return json.loads(self._lines[row])["texts"]
@@ -95,6 +114,22 @@ class RenderStore:
     def attributes(self, row: int) -> dict[str, Any]:
         """The ground truth of a picture, as `scene.attributes` gives it."""
         return json.loads(self._lines[row])["attributes"]
+
+
+def stored_arrays(batch: ToyboxBatch) -> dict[str, np.ndarray]:
+    """Pictures and all maps of a batch in the form that a store keeps: (B, ...) each, see `RenderStore`."""
+    points = [people[0] if len(people) else np.zeros((18, 3)) for people in batch.keypoints]
+    return {
+        "images": batch.images.mul(255).round().byte().permute(0, 2, 3, 1).numpy(),  # (B, H, W, 3)
+        "depth": np.stack([depth_map(depth) for depth in batch.depth.numpy()]),
+        "ids": batch.ids.numpy().astype(np.uint8),
+        "keypoints": np.stack(points).astype(np.float32),
+    }
+
+
+def wordings(split: str, index: int, scene: Scene, count: int) -> list[str]:
+    """The first `count` captions of a picture."""
+    return [caption_of(split, index, variant=variant, scene=scene) for variant in range(count)]
 
 
 def agree_on_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -139,20 +174,12 @@ def _array(folder: Path, name: str, count: int, size: int) -> np.memmap:
 def _write(batch: ToyboxBatch, arrays: dict[str, np.memmap], row: int, settings: dict[str, Any], lines: Any) -> None:
     """Arrays first, then the lines that declare these pictures complete."""
     rows = slice(row, row + len(batch))
-    arrays["images"][rows] = batch.images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-    if "depth" in arrays:
-        arrays["depth"][rows] = np.stack([depth_map(depth) for depth in batch.depth.numpy()])
-    if "ids" in arrays:
-        arrays["ids"][rows] = batch.ids.numpy()
-    if "keypoints" in arrays:
-        for i, people in enumerate(batch.keypoints):
-            if len(people):
-                arrays["keypoints"][row + i] = people[0]
-    for array in arrays.values():
+    kept = stored_arrays(batch)
+    for name, array in arrays.items():
+        array[rows] = kept[name]
         array.flush()
     for index, scene in zip(batch.indices, batch.scenes, strict=True):
-        streams = range(1, 1 + settings["captions"])
-        texts = [caption(scene, generator(settings["split"], index, stream=stream)) for stream in streams]
+        texts = wordings(settings["split"], index, scene, settings["captions"])
         record = {"index": index, "texts": texts, "attributes": attributes(scene)}
         lines.write(json.dumps(record) + "\n")
     lines.flush()

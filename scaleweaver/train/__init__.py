@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from typing import Any
 def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path:
     """Runs, or resumes, the recipe of a yaml file; returns the folder of the result.
 
-    ``overrides`` replace values of the file (`scaleweaver train FILE --set key=value`). Raises ValueError for a missing
-    file, an unknown recipe name or a missing setting.
+    ``overrides`` replace values of the file (`scaleweaver train FILE --set key=value`); a key with dots reaches into
+    a nested setting. Raises ValueError for a missing file, an unknown recipe name, and a missing or unknown setting.
     """
     import yaml
 
-    from scaleweaver.train.trainer import TrainConfig, train
+    from scaleweaver.train.trainer import TrainConfig, check_setup, train
 
     path = Path(recipe)
     if not path.is_file():
@@ -23,7 +24,8 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path:
     values = yaml.safe_load(path.read_text())
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}; expected a mapping of settings")
-    config = TrainConfig.from_mapping(values | dict(overrides or {}))
+    config = TrainConfig.from_mapping(_changed(values, overrides or {}))
+    check_setup()  # before pictures are rendered
     if config.recipe == "tokenizer":
         from scaleweaver.train.tokenizer import TokenizerRecipe
 
@@ -41,3 +43,17 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path:
 
         return train(JudgeRecipe(config), config)
     raise ValueError(f'recipe "{config.recipe}" is unknown; expected tokenizer, backbone, control or judge')
+
+
+def _changed(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with some replaced; "adapter.lora_rank" is the key lora_rank of the mapping adapter."""
+    changed = deepcopy(dict(values))
+    for key, value in overrides.items():
+        *outer, name = key.split(".")
+        inner: Any = changed
+        for part in outer:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{key}: {part} is {inner!r}, which has no settings of its own; set {part} as a whole")
+        inner[name] = value
+    return changed

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -22,7 +23,7 @@ from scaleweaver.cache import KVCache
 from scaleweaver.contracts import TextFeatures
 from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.tokenizers.bsq import BSQTokenizer
-from scaleweaver.train.data import Renders, as_pixels, cached_latents, save_grid, shuffled
+from scaleweaver.train.data import Renders, as_pixels, latent_reader, save_grid
 from scaleweaver.train.losses import bit_loss
 from scaleweaver.train.trainer import TrainConfig
 from scaleweaver.train.vocabulary import train_vocabulary
@@ -71,21 +72,31 @@ def encode_text(
 
 class BackboneRecipe:
     """Options: data, val_data, vae (folder), latents (cache folder), schedule, transformer (config), text_encoder
-    (config), vocabulary (size), strength, corrected_scales, text_dropout, empty_prompts, guidance_scale, temperature
-    (for the pictures), prompts (file of prompts to draw while training).
+    (config), vocabulary (size), strength, corrected_scales, text_dropout, empty_prompts; guidance_scale, temperature
+    and top_p of the pictures, also kept as the defaults of the result.
     """
 
+    option_names = frozenset((
+        "data", "val_data", "vae", "latents", "schedule", "transformer", "text_encoder", "vocabulary", "strength",
+        "corrected_scales", "text_dropout", "empty_prompts", "guidance_scale", "temperature", "top_p",
+    ))  # fmt: skip
+
     def __init__(self, config: TrainConfig):
-        options = config.options
+        options = config.options.among(self.option_names)
         torch.manual_seed(config.seed)
         self.config, self.seed = config, config.seed
         self.schedule = ScaleSchedule.from_dict(options["schedule"])
         self.renders, self.held_out = Renders(options["data"]), Renders(options["val_data"])
         self.vae = BSQTokenizer.from_pretrained(options["vae"]).eval().requires_grad_(False)
+        # no part of the trained model, so the loop would leave it behind on the CPU
+        self.vae.to(PartialState().device)
         latents = Path(options.get("latents", Path(config.out) / "latents"))
-        self.latents = cached_latents(latents / "train", self.vae, self.renders)
-        self.held_out_latents = cached_latents(latents / "val", self.vae, self.held_out)
+        self.latents = latent_reader(latents / "train", self.vae, self.renders)
+        self.held_out_latents = latent_reader(latents / "val", self.vae, self.held_out)
         self.tokenizer = _vocabulary(Path(config.out), self.renders, options.get("vocabulary", 1024))
+        unread = sorted(set(options["text_encoder"]) - set(T5Config().to_dict()))
+        if unread:  # T5Config takes any name
+            raise ValueError(f"text_encoder sets {', '.join(unread)}, which T5Config does not know; check the spelling")
         text = T5Config(vocab_size=len(self.tokenizer), dropout_rate=0.0, **options["text_encoder"])
         self.text_encoder = T5EncoderModel(text)
         bits = self.vae.target.width
@@ -116,13 +127,13 @@ class BackboneRecipe:
 
     def batch(self, index: int, size: int) -> Mapping[str, Any]:
         rng = np.random.default_rng((self.seed, index))
-        rows = shuffled(len(self.renders), self.seed, index * size, size)
+        rows = self.renders.rows(self.seed, index * size, size)
         texts = []
         for row in rows:
             wordings = self.renders.captions(row)
             texts.append("" if rng.random() < self.empty_prompts else wordings[rng.integers(len(wordings))])
         drop = torch.from_numpy(rng.random(size) < self.text_dropout)
-        return self._batch(np.stack([self.latents[r] for r in rows]), texts, drop)
+        return self._batch(self.latents(rows), texts, drop)
 
     def _batch(self, latents: np.ndarray, texts: Sequence[str], drop: Tensor) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
@@ -139,10 +150,10 @@ class BackboneRecipe:
     def validate(self, folder: Path, step: int) -> Mapping[str, float]:
         count = min(128, len(self.held_out))
         texts = [self.held_out.captions(i)[0] for i in range(count)]
-        batch = self._batch(np.array(self.held_out_latents[:count]), texts, torch.zeros(count, dtype=torch.bool))
+        batch = self._batch(self.held_out_latents(range(count)), texts, torch.zeros(count, dtype=torch.bool))
         corrected, self.model.strength = self.model.strength, 0.0  # type: ignore[assignment]
         loss, metrics = self.model(batch, 0)
-        self.model.strength = corrected  # type: ignore[assignment]
+        self.model.strength = corrected
         self.draw(folder / f"{step:06d}.png", texts[:32])
         return {"loss": float(loss)} | {k: float(v) for k, v in metrics.items()}
 

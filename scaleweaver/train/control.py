@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from scaleweaver.adapters import add_control, save_control, trainable_parameters
 from scaleweaver.cache import KVCache
-from scaleweaver.contracts import Control
+from scaleweaver.contracts import Control, TextFeatures
+from scaleweaver.controls.canny import canny
 from scaleweaver.evaluate.control import canny_f1
 from scaleweaver.methods.scaleweaver import ControlAdapter, ScaleWeaverConfig, encode
 from scaleweaver.pipeline import VARControlPipeline
@@ -25,13 +27,14 @@ from scaleweaver.reference import ReferenceInjector
 from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.train.backbone import encode_text
 from scaleweaver.train.data import (
+    CachedText,
     Pixels,
     Renders,
     as_pixels,
-    cached_latents,
+    cached_text,
+    latent_reader,
     random_canny,
     save_grid,
-    shuffled,
     to_images,
 )
 from scaleweaver.train.losses import bit_loss
@@ -39,23 +42,29 @@ from scaleweaver.train.trainer import TrainConfig
 
 
 class ControlLoss(nn.Module):
-    """Bit cross-entropy under a control; forward({"latent", "maps", "ids", "mask", "drop", "seen"}, seed)."""
+    """Bit cross-entropy under a control; forward({"latent", "maps", "drop", "seen", and the text}, seed).
 
-    def __init__(self, pipe: VARControlPipeline, adapter: ControlAdapter, name: str, strength: float):
+    The text is either tokens, "ids" and "mask", or packed "features" with their "lengths".
+    """
+
+    def __init__(
+        self, pipe: VARControlPipeline, adapter: ControlAdapter, name: str, schedule: ScaleSchedule, strength: float
+    ):
         super().__init__()
         self.transformer, self.text_encoder, self.vae = pipe.transformer, pipe.text_encoder, pipe.vae
         self.adapter, self.name, self.strength = adapter, name, strength
-        self.schedule = ScaleSchedule.from_dict(pipe.config["schedule"])
+        self.schedule = schedule
 
     def forward(self, batch: Mapping[str, Tensor], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         target, schedule = self.vae.target, self.schedule
         with torch.no_grad():
-            text = encode_text(self.text_encoder, self.transformer, batch["ids"], batch["mask"], batch["drop"])
+            text = self._text(batch)
             noise = torch.Generator(batch["latent"].device).manual_seed(seed)
             inputs, labels, _ = target.self_correct(batch["latent"], schedule, self.strength, len(schedule), noise)
             context = self.transformer.encode_text(text)
             condition = self.vae.encode(batch["maps"])
-        bank = encode(self.transformer, self.adapter, self.name, condition, schedule, target)
+        read = context if self.adapter.config.condition_modulation == "text" else None
+        bank = encode(self.transformer, self.adapter, self.name, condition, schedule, target, read)
         rows = len(batch["latent"])
         # a dropped control is an absent one: its branch is masked, as it is at strength 0
         seen = batch["seen"].float().view(rows, 1, 1, 1).expand(rows, 1, schedule.height, schedule.width)
@@ -64,14 +73,30 @@ class ControlLoss(nn.Module):
         loss, _, accuracy = bit_loss(logits, labels, schedule)
         return loss, {f"accuracy_{i}": a.detach() for i, a in enumerate(accuracy)}
 
+    def _text(self, batch: Mapping[str, Tensor]) -> TextFeatures:
+        """Packed features; rows with `drop` get the unconditional table instead, as in `encode_text`."""
+        if "ids" in batch:
+            return encode_text(self.text_encoder, self.transformer, batch["ids"], batch["mask"], batch["drop"])
+        features, lengths = batch["features"], batch["lengths"]  # (sum of lengths, T), (B,)
+        positions = torch.cat([torch.arange(n, device=features.device) for n in lengths.tolist()])  # (sum of lengths,)
+        dropped = batch["drop"].repeat_interleave(lengths)[:, None]  # (sum of lengths, 1)
+        null = self.transformer.null_text[positions].to(features.dtype)
+        return TextFeatures(torch.where(dropped, null, features), tuple(lengths.tolist()))
+
 
 class ControlRecipe:
     """Options: data, val_data, model (pipeline folder), latents (cache folder), kind, name, adapter (ScaleWeaverConfig
-    fields), strength, text_dropout, control_dropout, z_lr_scale.
+    fields), strength, text_dropout, control_dropout, z_lr_scale, text_cache (keep the features of all captions beside
+    the latents, on by default where the pictures are in stores: it pays where a run reads the captions several times).
     """
 
+    option_names = frozenset((
+        "data", "val_data", "model", "latents", "kind", "name", "adapter", "strength", "text_dropout",
+        "control_dropout", "z_lr_scale", "text_cache",
+    ))  # fmt: skip
+
     def __init__(self, config: TrainConfig):
-        options = config.options
+        options = config.options.among(self.option_names)
         torch.manual_seed(config.seed)
         self.config, self.seed = config, config.seed
         self.kind: str = options["kind"]
@@ -81,15 +106,27 @@ class ControlRecipe:
         self.pipe.set_progress_bar_config(disable=True)
         for name in list(self.pipe.available_controls):
             self.pipe.unload_control(name)
+        self.height, self.width = self.renders.image(0).shape[:2]
+        schedule = self.pipe._plan(None, self.height, self.width, None)
+        if (schedule.height, schedule.width) != (self.height, self.width):
+            raise ValueError(
+                f"the pictures are {self.width}x{self.height}, the model draws {schedule.width}x{schedule.height}; "
+                "render them in that size"
+            )
         for network in (self.pipe.transformer, self.pipe.text_encoder, self.pipe.vae):
-            network.eval().requires_grad_(False)
-        settings = ScaleWeaverConfig(kind=self.kind, **options.get("adapter", {}))
+            network.eval().requires_grad_(False).to(PartialState().device)
+        settings = ScaleWeaverConfig.from_dict({"kind": self.kind, **options.get("adapter", {})})
         self.adapter = add_control(self.pipe.transformer, settings, self.name)
         self.pipe.controls[self.name] = self.adapter
         latents = Path(options.get("latents", Path(config.out) / "latents"))
-        self.latents = cached_latents(latents / "train", self.pipe.vae, self.renders)
-        self.held_out_latents = cached_latents(latents / "val", self.pipe.vae, self.held_out)
-        self.model: nn.Module = ControlLoss(self.pipe, self.adapter, self.name, options.get("strength", 0.3))
+        self.latents = latent_reader(latents / "train", self.pipe.vae, self.renders)
+        self.held_out_latents = latent_reader(latents / "val", self.pipe.vae, self.held_out)
+        self.text: CachedText | None = None
+        if options.get("text_cache", not self.renders.online):
+            limit = self.pipe.transformer.config["text_length"]
+            encoder, tokenizer = self.pipe.text_encoder, self.pipe.tokenizer
+            self.text = cached_text(latents / "text", encoder, tokenizer, self.renders, max_length=limit)
+        self.model: nn.Module = ControlLoss(self.pipe, self.adapter, self.name, schedule, options.get("strength", 0.3))
 
     def parameter_groups(self) -> Iterable[dict[str, Any]]:
         named = trainable_parameters(self.pipe.transformer, self.adapter, self.name)
@@ -97,10 +134,17 @@ class ControlRecipe:
         other = [p for name, p in named.items() if ".z." not in name]
         return [{"params": z, "lr_scale": self.config.options.get("z_lr_scale", 1.0)}, {"params": other}]
 
-    def control_map(self, renders: Renders, row: int, rng: np.random.Generator) -> Pixels:
-        """The control image (H, W, 3) of a picture."""
+    @property
+    def thresholds(self) -> tuple[float, float]:
+        """Of the canny maps that the adapter is measured with, and that its users are to give."""
+        low, high = self.adapter.config.thresholds or (100, 200)
+        return low, high
+
+    def control_map(self, renders: Renders, row: int, rng: np.random.Generator | None = None) -> Pixels:
+        """The control image (H, W, 3) of a picture; canny with `thresholds` unless `rng` draws some."""
         if self.kind == "canny":
-            return random_canny(renders.image(row), rng)
+            picture = renders.image(row)
+            return random_canny(picture, rng) if rng else np.asarray(canny(picture, *self.thresholds))
         if self.kind == "depth":
             return renders.depth(row)
         raise ValueError(f'control kind "{self.kind}" has no training maps; expected canny or depth')
@@ -108,45 +152,54 @@ class ControlRecipe:
     def batch(self, index: int, size: int) -> Mapping[str, Any]:
         options = self.config.options
         rng = np.random.default_rng((self.seed, index))
-        rows = shuffled(len(self.renders), self.seed, index * size, size)
-        texts = [(c := self.renders.captions(r))[rng.integers(len(c))] for r in rows]
+        rows = self.renders.rows(self.seed, index * size, size)
+        captions = [self.renders.captions(r) for r in rows]
+        wordings = [int(rng.integers(len(each))) for each in captions]
+        if self.text is None:
+            text = self._tokens([each[wording] for each, wording in zip(captions, wordings, strict=True)])
+        else:
+            features, lengths = self.text.read(rows, wordings)
+            text = {"features": features, "lengths": lengths}
         maps = np.stack([self.control_map(self.renders, r, rng) for r in rows])
         drop = rng.random(size) < options.get("text_dropout", 0.1)
         seen = rng.random(size) >= options.get("control_dropout", 0.1)
-        return self._batch(np.stack([self.latents[r] for r in rows]), texts, maps, drop, seen)
+        return self._batch(self.latents(rows), text, maps, drop, seen)
 
-    def _batch(self, latents: Any, texts: list[str], maps: Pixels, drop: Any, seen: Any) -> dict[str, Tensor]:
-        device = self.pipe.transformer.device
+    def _tokens(self, texts: list[str]) -> dict[str, Tensor]:
         limit = self.pipe.transformer.config["text_length"]
         tokens = self.pipe.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        return {
-            "latent": torch.from_numpy(latents).float().to(device),
-            "maps": to_images(maps).to(device),
-            "ids": tokens["input_ids"].to(device),
-            "mask": tokens["attention_mask"].to(device),
-            "drop": torch.from_numpy(drop).to(device),
-            "seen": torch.from_numpy(seen).to(device),
+        return {"ids": tokens["input_ids"], "mask": tokens["attention_mask"]}
+
+    def _batch(self, latents: Any, text: dict[str, Tensor], maps: Pixels, drop: Any, seen: Any) -> dict[str, Tensor]:
+        batch = {
+            "latent": torch.from_numpy(latents).float(),
+            "maps": to_images(maps),
+            "drop": torch.from_numpy(drop),
+            "seen": torch.from_numpy(seen),
         }
+        return {name: value.to(self.pipe.transformer.device) for name, value in (batch | text).items()}
 
     @torch.no_grad()
     def validate(self, folder: Path, step: int) -> Mapping[str, float]:
         """Teacher-forced loss with and without the control (the early signal), and fidelity of 24 pictures."""
         count, drawn = min(96, len(self.held_out)), 24
-        rng = np.random.default_rng(0)
         texts = [self.held_out.captions(i)[0] for i in range(count)]
-        maps = np.stack([self.control_map(self.held_out, i, rng) for i in range(count)])
+        maps = np.stack([self.control_map(self.held_out, i) for i in range(count)])
+        latents, tokens = self.held_out_latents(range(count)), self._tokens(texts)
         off, on = np.zeros(count, bool), np.ones(count, bool)
         values = {}
         for name, seen in (("with", on), ("without", off)):
-            batch = self._batch(np.array(self.held_out_latents[:count]), texts, maps, off, seen)
+            batch = self._batch(latents, tokens, maps, off, seen)
             values[f"loss_{name}"] = float(self.model(batch, 0)[0])
         controls = [Control(self.name, m) for m in maps[:drawn]]
         pictures = []
         for i, control in enumerate(controls):
-            out = self.pipe(texts[i], control=control, seed=i, output_type="pt")
+            size = {"height": self.height, "width": self.width}
+            out = self.pipe(texts[i], control=control, seed=i, output_type="pt", **size)
             pictures.append(as_pixels(out.images * 2 - 1)[0])
         if self.kind == "canny":
-            scores = [canny_f1(p, m) for p, m in zip(pictures, maps, strict=False)]
+            low, high = self.thresholds
+            scores = [canny_f1(p, m, low=low, high=high) for p, m in zip(pictures, maps, strict=False)]
             values |= {k: float(np.mean([s[k] for s in scores])) for k in scores[0]}
         pairs = [np.concatenate([m, p]) for m, p in zip(maps, pictures, strict=False)]
         save_grid(folder / f"{step:06d}.png", np.stack(pairs), columns=8)

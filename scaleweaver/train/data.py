@@ -1,10 +1,13 @@
-"""What the recipes read: renders in an order that depends on the seed alone, control maps, latents computed once."""
+"""What the recipes read: renders in an order that depends on the seed alone, control maps, features computed once."""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from scaleweaver.tokenizers.bsq import BSQTokenizer
 from scaleweaver.toybox.drawing import draw_skeleton
+from scaleweaver.toybox.progress import rendering_progress
 from scaleweaver.toybox.store import RenderStore, cache_renders
+from scaleweaver.train.online import BLOCK, OnlineRenders
 
 Pixels = NDArray[np.uint8]
 Source = str | Mapping[str, Any]
@@ -26,13 +32,13 @@ Source = str | Mapping[str, Any]
 class Renders:
     """Pictures of one or several render stores as one list: those that were complete when it was made.
 
-    A source is the folder of a store, or the arguments of `cache_renders` ({path, split, count, ...}), which then
-    renders what is still missing.
+    A source is the folder of a store, the arguments of `cache_renders` ({path, split, count, ...}), which then renders
+    what is still missing, or {online: true, split, count, start, ...}, which renders every picture when it is read.
     """
 
     def __init__(self, sources: Source | Sequence[Source]):
         listed = [sources] if isinstance(sources, (str, Mapping)) else sources
-        self.stores = [RenderStore(s) if isinstance(s, str) else cache_renders(**s) for s in listed]
+        self.stores = [_opened(source) for source in listed]
         self.counts = [len(s) for s in self.stores]
         if not sum(self.counts):
             raise ValueError(
@@ -42,7 +48,16 @@ class Renders:
     def __len__(self) -> int:
         return sum(self.counts)
 
-    def _find(self, row: int) -> tuple[RenderStore, int]:
+    @property
+    def online(self) -> bool:
+        """Whether some pictures are rendered when they are read, so that features of all are not computed ahead."""
+        return any(isinstance(store, OnlineRenders) for store in self.stores)
+
+    def rows(self, seed: int, start: int, size: int) -> list[int]:
+        """`shuffled` rows; in blocks that are rendered together where pictures are rendered when read."""
+        return shuffled(len(self), seed, start, size, BLOCK if self.online else 1)
+
+    def _find(self, row: int) -> tuple[RenderStore | OnlineRenders, int]:
         for store, count in zip(self.stores, self.counts, strict=True):
             if row < count:
                 return store, row
@@ -52,7 +67,7 @@ class Renders:
     def image(self, row: int) -> Pixels:
         """(H, W, 3)."""
         store, i = self._find(row)
-        return np.array(store.images[i])
+        return store.image(i)
 
     def captions(self, row: int) -> list[str]:
         """The wordings kept for this picture."""
@@ -64,30 +79,52 @@ class Renders:
         store, i = self._find(row)
         return store.settings["split"], store.settings["start"] + i
 
-    def _map(self, name: str, row: int) -> NDArray[Any]:
-        store, i = self._find(row)
-        if name not in store.maps:
-            raise ValueError(f'{store.path} was rendered without "{name}"; render it with maps=("depth", "keypoints")')
-        return np.array(store.maps[name][i])
-
     def depth(self, row: int) -> Pixels:
         """(H, W, 3), near is bright."""
-        return np.repeat(self._map("depth", row)[..., None], 3, axis=2)
+        store, i = self._find(row)
+        return np.repeat(store.map("depth", i)[..., None], 3, axis=2)
 
     def skeleton(self, row: int) -> Pixels | None:
         """(H, W, 3) drawing of the person's key points, None where there is nobody."""
-        points = self._map("keypoints", row)
+        store, i = self._find(row)
+        points = store.map("keypoints", i)
         if not points.any():
             return None
         return np.asarray(draw_skeleton(points[None], self.image(row).shape[0]))
 
 
-def shuffled(count: int, seed: int, start: int, size: int) -> list[int]:
-    """Rows `start` to `start + size` of an endless list of epochs, each a permutation of range(count) of its own."""
+def _opened(source: Source) -> RenderStore | OnlineRenders:
+    """The pictures of one source; shows how far rendering is where some are missing."""
+    if isinstance(source, str):
+        return RenderStore(source)
+    settings = dict(source)
+    online = settings.pop("online", False)
+    accepted = dict(inspect.signature(OnlineRenders if online else cache_renders).parameters)
+    accepted.pop("on_progress", None)
+    unknown = sorted(set(settings) - set(accepted))
+    missing = [name for name, entry in accepted.items() if entry.default is entry.empty and name not in settings]
+    if unknown or missing:
+        kind, takes = "online pictures" if online else "a render store", ", ".join(accepted)
+        wrong = f"do not take {', '.join(unknown)}" if unknown else f"lack {', '.join(missing)}"
+        raise ValueError(f"the settings of pictures {dict(source)} {wrong}; {kind} can be given {takes}")
+    if online:
+        return OnlineRenders(**settings)
+    with rendering_progress(f"rendering {settings['path']}") as on_progress:
+        return cache_renders(**settings, on_progress=on_progress)
+
+
+def shuffled(count: int, seed: int, start: int, size: int, block: int = 1) -> list[int]:
+    """Rows `start` to `start + size` of an endless list of epochs, each a permutation of range(count) of its own.
+
+    With a `block` above 1 only the blocks of so many rows change places.
+    """
     rows: list[int] = []
     while len(rows) < size:
         epoch, offset = divmod(start + len(rows), count)
-        order = np.random.default_rng((seed, epoch)).permutation(count)
+        order = np.random.default_rng((seed, epoch)).permutation(-(-count // block))
+        if block > 1:
+            order = (order[:, None] * block + np.arange(block)).reshape(-1)  # (blocks * block,)
+            order = order[order < count]  # the last block may be a short one
         rows += order[offset : offset + size - len(rows)].tolist()
     return rows
 
@@ -132,6 +169,8 @@ def cached_latents(
     folder: str | os.PathLike[str], vae: BSQTokenizer, renders: Renders, batch: int = 32
 ) -> NDArray[np.float16]:
     """Continuous latents (count, d, Hl, Wl) of all renders, computed once per tokenizer and kept in `folder`."""
+    if renders.online:
+        raise ValueError("latents of pictures that are rendered when read are not computed ahead; use a store")
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     mark = {"count": len(renders), "fingerprint": fingerprint(vae), "stores": [str(s.path) for s in renders.stores]}
@@ -142,20 +181,89 @@ def cached_latents(
     side = renders.image(0).shape[0] // vae.config["stride"]
     shape = (len(renders), vae.config["bits"], side, side)
     out = np.lib.format.open_memmap(path / "latents.npy", mode="w+", dtype=np.float16, shape=shape)
-    with torch.no_grad():
-        for start in range(0, len(renders), batch):
-            pictures = np.stack([renders.image(i) for i in range(start, min(start + batch, len(renders)))])
-            images = to_images(pictures).to(vae.device, vae.dtype)
-            out[start : start + batch] = vae.encode(images).cpu().numpy().astype(np.float16)
+    for start in range(0, len(renders), batch):
+        out[start : start + batch] = encoded(vae, renders, range(start, min(start + batch, len(renders))))
     out.flush()
     done.write_text(json.dumps(mark))
     return np.load(path / "latents.npy", mmap_mode="r")
 
 
+@torch.no_grad()
+def encoded(vae: BSQTokenizer, renders: Renders, rows: Sequence[int]) -> NDArray[np.float16]:
+    """Continuous latents (B, d, Hl, Wl) of some rows, computed where the tokenizer lies."""
+    images = to_images(np.stack([renders.image(row) for row in rows])).to(vae.device, vae.dtype)
+    return vae.encode(images).cpu().numpy().astype(np.float16)
+
+
+def latent_reader(
+    folder: str | os.PathLike[str], vae: BSQTokenizer, renders: Renders
+) -> Callable[[Sequence[int]], NDArray[np.float16]]:
+    """Rows -> latents (B, d, Hl, Wl): from `cached_latents`, or encoded when read where the pictures are online."""
+    if renders.online:
+        return lambda rows: encoded(vae, renders, rows)
+    kept = cached_latents(folder, vae, renders)
+    return lambda rows: np.stack([kept[row] for row in rows])
+
+
+@dataclass(frozen=True)
+class CachedText:
+    """Text features of all wordings of all renders, packed: text j has features[offsets[j] : offsets[j + 1]]."""
+
+    features: NDArray[np.float16]  # (tokens of all texts, T)
+    offsets: NDArray[np.int64]  # (texts + 1,)
+    first: NDArray[np.int64]  # (renders,) the text that is wording 0 of a row
+
+    def read(self, rows: Sequence[int], wordings: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """One wording of each row: float32 features (sum of lengths, T) and lengths (B,)."""
+        texts = [int(self.first[row]) + wording for row, wording in zip(rows, wordings, strict=True)]
+        parts = [self.features[self.offsets[j] : self.offsets[j + 1]] for j in texts]
+        lengths = torch.tensor([len(part) for part in parts])
+        return torch.from_numpy(np.concatenate(parts)).float(), lengths
+
+
+@torch.no_grad()
+def cached_text(
+    folder: str | os.PathLike[str],
+    encoder: T5EncoderModel,
+    tokenizer: PreTrainedTokenizerFast,
+    renders: Renders,
+    *,
+    max_length: int = 512,
+    batch: int = 64,
+) -> CachedText:
+    """Features of every wording of all renders, computed once per encoder and kept in `folder`."""
+    if renders.online:
+        raise ValueError("text of pictures that are rendered when read is not computed ahead; pass text_cache=false")
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    wordings = [renders.captions(row) for row in range(len(renders))]
+    first = np.cumsum([0, *(len(texts) for texts in wordings)])[:-1]
+    texts = [text for each in wordings for text in each]
+    ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    lengths = np.array([len(tokens) for tokens in ids])
+    offsets = np.cumsum([0, *lengths])
+    digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]  # of captions and vocabulary alike
+    mark = {"texts": len(ids), "ids": digest, "fingerprint": fingerprint(encoder)}
+    done = path / "text.json"
+    if not (done.is_file() and json.loads(done.read_text()) == mark):
+        done.unlink(missing_ok=True)
+        shape = (int(offsets[-1]), encoder.config.d_model)
+        out = np.lib.format.open_memmap(path / "text.npy", mode="w+", dtype=np.float16, shape=shape)
+        # texts of one length need no padding
+        order = np.argsort(lengths, kind="stable")
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            tokens = tokenizer.pad({"input_ids": [ids[j] for j in chosen]}, return_tensors="pt").to(encoder.device)
+            states = encoder(**tokens).last_hidden_state.cpu().numpy()  # (B, P, T)
+            for j, state in zip(chosen, states, strict=True):
+                out[offsets[j] : offsets[j + 1]] = state[: lengths[j]]
+        out.flush()
+        done.write_text(json.dumps(mark))
+    return CachedText(np.load(path / "text.npy", mmap_mode="r"), offsets, first)
+
+
 def fingerprint(model: torch.nn.Module) -> str:
     """A short hash of all weights, to notice that cached features come from another model."""
-    import hashlib
-
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -23,7 +23,7 @@ from scaleweaver.evaluate.attributes import PERSON, STRIDE, AttributeJudge, scor
 from scaleweaver.toybox.compose import rectangle
 from scaleweaver.toybox.scene import Person, Scene, attributes, base, sample_scene
 from scaleweaver.toybox.stage import project
-from scaleweaver.train.data import Pixels, Renders, shuffled, to_images
+from scaleweaver.train.data import Pixels, Renders, to_images
 from scaleweaver.train.trainer import TrainConfig
 
 SPREAD = 0.7  # standard deviation of the Gaussian around a centre, in cells
@@ -99,10 +99,12 @@ def focal(logits: Tensor, wanted: Tensor) -> Tensor:
 
 
 class JudgeRecipe:
-    """Options: data (render stores), val_data, soften (share of softened pictures), judge (constructor arguments)."""
+    """Options: data (renders), val_data, soften (share of softened pictures), judge (constructor arguments)."""
+
+    option_names = frozenset(("data", "val_data", "soften", "judge"))
 
     def __init__(self, config: TrainConfig):
-        options = config.options
+        options = config.options.among(self.option_names)
         torch.manual_seed(config.seed)
         self.judge = AttributeJudge(**options.get("judge", {}))
         self.model: nn.Module = JudgeLoss(self.judge)
@@ -110,7 +112,7 @@ class JudgeRecipe:
         self.soften: float = options.get("soften", 0.5)
         self.seed = config.seed
         # the order of the data repeats every epoch, and a scene takes longer to compose than a step may wait
-        self.labels = lru_cache(maxsize=None)(self._labels)
+        self.labels = lru_cache(maxsize=65_536)(self._labels)
 
     def parameter_groups(self) -> Iterable[dict[str, Any]]:
         parameters = list(self.judge.parameters())
@@ -122,7 +124,7 @@ class JudgeRecipe:
 
     def batch(self, index: int, size: int) -> Mapping[str, Tensor]:
         rng = np.random.default_rng((self.seed, index))
-        rows = shuffled(len(self.renders), self.seed, index * size, size)
+        rows = self.renders.rows(self.seed, index * size, size)
         pictures, labels = [], []
         for row in rows:
             picture, label = self.renders.image(row), self.labels(row)

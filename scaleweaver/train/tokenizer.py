@@ -22,7 +22,7 @@ from scaleweaver.controls.canny import canny
 from scaleweaver.evaluate.control import canny_f1, psnr
 from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.tokenizers.bsq import BSQTokenizer
-from scaleweaver.train.data import Renders, as_pixels, random_control_map, save_grid, shuffled, to_images
+from scaleweaver.train.data import Renders, as_pixels, random_control_map, save_grid, to_images
 from scaleweaver.train.trainer import TrainConfig
 
 
@@ -39,7 +39,7 @@ class TokenizerLoss(nn.Module):
     def forward(self, images: Tensor, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         drawn, code = self.vae(images, self.schedule)
         pixel = (drawn - images).abs().mean()
-        edges = sum((_difference(drawn, d) - _difference(images, d)).abs().mean() for d in (2, 3))
+        edges = sum((drawn.diff(dim=d) - images.diff(dim=d)).abs().mean() for d in (2, 3))
         commitment = code.commitment[-1]
         entropy = code.entropy.mean()
         loss = pixel + self.difference * edges + self.commitment * commitment + self.entropy * entropy
@@ -47,12 +47,16 @@ class TokenizerLoss(nn.Module):
 
 
 class TokenizerRecipe:
-    """Options: data (folder of renders), val_data, vae (constructor arguments), schedule, maps (fraction of control
-    maps), difference, commitment, entropy (loss weights), device.
+    """Options: data (renders), val_data, vae (constructor arguments), schedule, maps (fraction of control maps),
+    difference, commitment, entropy (loss weights), start_scale (of the shortcuts, see `principal_start`).
     """
 
+    option_names = frozenset(
+        ("data", "val_data", "vae", "schedule", "maps", "difference", "commitment", "entropy", "start_scale")
+    )
+
     def __init__(self, config: TrainConfig):
-        options = config.options
+        options = config.options.among(self.option_names)
         torch.manual_seed(config.seed)
         self.schedule = ScaleSchedule.from_dict(options["schedule"])
         self.vae = BSQTokenizer(**options["vae"])
@@ -76,7 +80,7 @@ class TokenizerRecipe:
 
     def batch(self, index: int, size: int) -> Tensor:
         rng = np.random.default_rng((self.seed, index))
-        rows = shuffled(len(self.renders), self.seed, index * size, size)
+        rows = self.renders.rows(self.seed, index * size, size)
         pictures = [
             random_control_map(self.renders, row, rng) if rng.random() < self.maps else self.renders.image(row)
             for row in rows
@@ -143,7 +147,3 @@ def reconstruction_scores(drawn: NDArray[np.uint8], pictures: NDArray[np.uint8])
     for a, b in zip(drawn, pictures, strict=True):
         rows.append({"psnr": psnr(a, b)} | dict(canny_f1(a, np.asarray(canny(Image.fromarray(b))))))
     return {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}
-
-
-def _difference(images: Tensor, dim: int) -> Tensor:
-    return images.diff(dim=dim)

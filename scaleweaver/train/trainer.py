@@ -10,6 +10,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,13 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
+from accelerate.utils import (
+    ProjectConfiguration,
+    get_int_from_env,
+    is_tensorboard_available,
+    send_to_device,
+    set_seed,
+)
 from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
@@ -31,6 +38,17 @@ class Options(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         raise ValueError(f"the training config lacks {name}; add it to the yaml file or pass --set {name}=value")
+
+    def among(self, known: frozenset[str]) -> Options:
+        """These options, if the recipe knows them all."""
+        unknown = sorted(set(self) - known)
+        if unknown:
+            own = sorted({entry.name for entry in fields(TrainConfig)} - {"options"})
+            raise ValueError(
+                f"the training config sets {', '.join(unknown)}, which nothing reads; this recipe knows "
+                f"{', '.join(sorted(known))}, the training loop {', '.join(own)}"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,7 @@ class TrainConfig:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Known keys fill the fields, all others are the recipe's options."""
+        values = _with_numbers(values)
         known = {k: v for k, v in values.items() if k in cls.__dataclass_fields__ and k != "options"}
         missing = [k for k in ("recipe", "out", "steps", "batch", "lr") if k not in known]
         if missing:
@@ -72,10 +91,11 @@ class TrainConfig:
             if known.get(name, choices[0]) not in choices:
                 raise ValueError(f"{name} is {known[name]!r}; expected one of {', '.join(choices)}")
         for entry in fields(cls):
-            if entry.name in known and entry.type in ("int", "float"):
+            optional = entry.name in known and known[entry.name] is None and entry.default is None
+            if entry.name in known and entry.type in ("int", "float", "float | None") and not optional:
                 known[entry.name] = _number(entry.name, known[entry.name], whole=entry.type == "int")
         if "betas" in known:
-            known["betas"] = tuple(known["betas"])
+            known["betas"] = tuple(float(beta) for beta in known["betas"])
         return cls(**known, options=Options({k: v for k, v in values.items() if k not in known}))
 
     def lr_at(self, step: int) -> float:
@@ -110,8 +130,22 @@ class Recipe(Protocol):
         ...
 
 
+def check_setup() -> None:
+    """Refuses what would go wrong later: several processes, and an installation without the extra `train`."""
+    # the names that accelerate reads; asking it would already wait for the other processes
+    processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+    if processes > 1:
+        raise ValueError(
+            f"training was launched as {processes} processes, but runs in one; start it with `scaleweaver train` and "
+            "raise batch or accumulate"
+        )
+    if not is_tensorboard_available():
+        raise ValueError('training writes its curves for tensorboard; run pip install "scaleweaver[train]"')
+
+
 def train(recipe: Recipe, config: TrainConfig) -> Path:
     """Runs, or resumes, `config.steps` optimiser steps; returns the folder of the result."""
+    check_setup()
     out = Path(config.out)
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=1, default=str))
@@ -129,10 +163,10 @@ def train(recipe: Recipe, config: TrainConfig) -> Path:
     accelerator.register_for_checkpointing(ema)
     step = _resume(accelerator, out)
     ema.to(accelerator.device)  # a checkpoint's averages come back on the CPU
-    log = _Log(out, step, accelerator.is_main_process)
+    log = _Log(out, step)
     accelerator.init_trackers("tensorboard")
     deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
-    with _progress(accelerator) as progress:
+    with _progress() as progress:
         task = progress.add_task(config.recipe, total=config.steps, completed=step, loss="")
         while step < config.steps:
             started = time.monotonic()
@@ -145,7 +179,7 @@ def train(recipe: Recipe, config: TrainConfig) -> Path:
             if step % config.log_every == 0 or last:
                 log.row(step, metrics)
                 accelerator.log(metrics, step=step)
-            if (step % config.validate_every == 0 or last) and accelerator.is_main_process:
+            if step % config.validate_every == 0 or last:
                 with _averaged(ema, trained, recipe.model):
                     values = {f"val_{k}": v for k, v in recipe.validate(out / "samples", step).items()}
                     recipe.save(out / "result")
@@ -157,10 +191,8 @@ def train(recipe: Recipe, config: TrainConfig) -> Path:
                 _checkpoint(accelerator, out, step, config.keep_checkpoints)
             if stop:
                 break
-    if accelerator.is_main_process:
-        with _averaged(ema, trained, recipe.model):
-            recipe.save(out / "result")
-    accelerator.wait_for_everyone()
+    with _averaged(ema, trained, recipe.model):
+        recipe.save(out / "result")
     accelerator.end_training()
     return out / "result"
 
@@ -178,7 +210,7 @@ def _optimise(
     for group in optimizer.param_groups:
         group["lr"] = config.lr_at(step) * group.get("lr_scale", 1.0)
     for part in range(config.accumulate):
-        index = (step * config.accumulate + part) * accelerator.num_processes + accelerator.process_index
+        index = step * config.accumulate + part
         # the drop-out inside networks draws from the global generator: tie it to the step as everything else
         set_seed((config.seed * 1_000_003 + index) % 2**31)
         with accelerator.accumulate(model):
@@ -202,11 +234,10 @@ def _checkpoint(accelerator: Accelerator, out: Path, step: int, keep: int) -> No
     folder = out / "checkpoints" / f"{step:07d}"
     partial = folder.with_suffix(".partial")
     accelerator.save_state(str(partial))
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-        for old in _checkpoints(out)[:-keep]:
-            shutil.rmtree(old)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    for old in _checkpoints(out)[:-keep]:
+        shutil.rmtree(old)
 
 
 def _checkpoints(out: Path) -> list[Path]:
@@ -239,10 +270,8 @@ def _averaged(ema: EMAModel, parameters: list[nn.Parameter], model: nn.Module) -
 class _Log:
     """metrics.csv in long form (step, name, value); rows past the resumed step are cut off."""
 
-    def __init__(self, out: Path, step: int, writes: bool):
-        self.path, self.writes = out / "metrics.csv", writes
-        if not writes:
-            return
+    def __init__(self, out: Path, step: int):
+        self.path = out / "metrics.csv"
         rows: list[list[str]] = []
         if self.path.exists():
             with self.path.open(newline="") as f:
@@ -251,13 +280,11 @@ class _Log:
             csv.writer(f).writerows([["step", "name", "value"], *rows])
 
     def row(self, step: int, metrics: Mapping[str, float]) -> None:
-        if not self.writes:
-            return
         with self.path.open("a", newline="") as f:
             csv.writer(f).writerows([step, name, f"{value:.6g}"] for name, value in metrics.items())
 
 
-def _progress(accelerator: Accelerator) -> Progress:
+def _progress() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -265,12 +292,22 @@ def _progress(accelerator: Accelerator) -> Progress:
         TextColumn("loss {task.fields[loss]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        disable=not accelerator.is_main_process,
     )
 
 
+def _with_numbers(value: Any) -> Any:
+    """Settings with every text like 1e-1 as a number: yaml takes those for text that lack the point or the sign."""
+    if isinstance(value, Mapping):
+        return {key: _with_numbers(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(entry) for entry in value]
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
 def _number(name: str, value: Any, *, whole: bool) -> int | float:
-    """A setting as a number; yaml reads 1e-3, without a point, as text."""
+    """A setting of the loop as a number of its kind and range."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -153,7 +153,7 @@ def test_published_sizes():
     counts = {"125M": 125_148_800, "2B": 2_204_564_032, "8B": 8_375_791_824}
     for name in PRESETS:
         with torch.device("meta"):
-            model = InfinityTransformer(**{**InfinityTransformer.preset(name), "depth": 1})
+            model = InfinityTransformer(**{**PRESETS[name], "depth": 1})
         total = sum(p.numel() for p in model.parameters())
         block = sum(p.numel() for p in model.blocks.parameters())
         if name in counts:

@@ -138,7 +138,7 @@ def test_recorded_weights_give_the_recorded_logits(name: str, tmp_path: Path) ->
     official = {key.removeprefix("weights."): t for key, t in want.items() if key.startswith("weights.")}
     torch.save(official, tmp_path / "transformer.pth")
     patched = bool(config["apply_spatial_patchify"])
-    layout = {"stride": 8, "widths": (8, 16, 16, 16), "patch": 2} if patched else {}
+    layout: dict[str, Any] = {"stride": 8, "widths": (8, 16, 16, 16), "patch": 2} if patched else {}
     vae = tiny_bsq(bits=config["codebook_dim"], **layout)
     names = "infinity_vae_d56_f8_14_patchify" if patched else "infinity_vae_d16"
     torch.save({"vae": official_tokenizer(vae, names=names)}, tmp_path / "vae.pth")
@@ -165,10 +165,10 @@ def test_the_folder_draws(parts: dict[str, Any], model: InfinityTransformer, tmp
     assert pipe.config["schedule"] == {"family": "infinity", "budget": "0.06M"}
     found = [pipe.config[name] for name in ("guidance_scale", "temperature", "top_k", "top_p")]
     assert found == [3.0, 0.5, 900, 0.97]
-    drawn = pipe("a red cube on grass", seed=3, schedule=SCHEDULE, output_type="pt")
-    ready = VARControlPipeline(model, tiny_bsq(), pipe.text_encoder, pipe.tokenizer, **{"top_k": 900})
+    drawn: Any = pipe("a red cube on grass", seed=3, schedule=SCHEDULE, output_type="pt")
+    ready = VARControlPipeline(model, tiny_bsq(), pipe.text_encoder, pipe.tokenizer, top_k=900)
     ready.set_progress_bar_config(disable=True)
-    expected = ready("a red cube on grass", seed=3, schedule=SCHEDULE, output_type="pt")
+    expected: Any = ready("a red cube on grass", seed=3, schedule=SCHEDULE, output_type="pt")
     assert drawn.images.shape == (1, 3, 48, 48) and torch.equal(drawn.images, expected.images)
 
 
@@ -190,7 +190,8 @@ def test_without_a_text_encoder(parts: dict[str, Any], tmp_path: Path) -> None:
     pipe = VARControlPipeline.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
     embeds = torch.randn(1, 4, TEXT_WIDTH, generator=torch.Generator().manual_seed(0))
-    assert len(pipe(prompt_embeds=embeds, seed=0, schedule=SCHEDULE).images) == 1
+    drawn: Any = pipe(prompt_embeds=embeds, seed=0, schedule=SCHEDULE)
+    assert len(drawn.images) == 1
     with pytest.raises(ValueError, match="no text encoder"):
         pipe("a red cube")
 
@@ -279,7 +280,7 @@ def test_defaults_of_the_published_sizes() -> None:
 
     def of(preset: str, name: str, budget: str | None = None) -> tuple[str, float, float]:
         with torch.device("meta"):
-            model = InfinityTransformer(**InfinityTransformer.preset(preset))
+            model = InfinityTransformer.preset(preset)
         found = _defaults(model, name, budget)
         return found["schedule"]["budget"], found["guidance_scale"], found["temperature"]
 

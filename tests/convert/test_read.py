@@ -85,6 +85,7 @@ def test_a_folder_without_an_index(tmp_path: Path) -> None:
         read_weights(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("new", [True, False])
 def test_a_pickle_that_runs_code_is_refused(new: bool, tmp_path: Path) -> None:
     file, mark = tmp_path / "harmful.pth", tmp_path / "mark"

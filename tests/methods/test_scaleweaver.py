@@ -330,3 +330,39 @@ def test_mixed_precision_training() -> None:
     out.square().mean().backward()
     grads = [weights[f"control.z.{block}.weight"].grad for block in adapter.blocks]
     assert all(grad is not None and grad.dtype == torch.float32 and grad.abs().max() > 0 for grad in grads)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fusion", ["separate", "joint"])
+@pytest.mark.parametrize("scope", ["same", "causal"])
+def test_locality_is_the_same_scale_by_scale(scope: str, fusion: str) -> None:
+    backbone = tiny_backbone()
+    adapter = control(backbone, scope=scope, fusion=fusion, locality=0.5)
+    reads = injector(backbone, adapter)
+    together = logits(backbone, reads)
+    inputs, _, _ = TARGET.labels(latents(2, 1), SCHEDULE)
+    text, cache, first = backbone.encode_text(tiny_text([5, 3])), KVCache(), SCHEDULE.steps[0].n
+    for step in SCHEDULE.steps:
+        own = inputs[:, step.start - first : step.stop - first] if step.index else None
+        alone = backbone(own, [step], text, cache, injectors=(reads,))
+        torch.testing.assert_close(alone, together[:, step.start : step.stop], atol=1e-4, rtol=0)
+    adapter.log_locality = None  # by content alone
+    assert (logits(backbone, reads) - together).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_great_locality_reads_the_token_at_the_same_place() -> None:
+    backbone = tiny_backbone()
+    adapter = control(backbone, locality=1e4)
+    reads = injector(backbone, adapter)
+    values = reads.bank.values[0].expand(2, -1, -1, -1)  # (R, H, T, D)
+    q = torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
+    found = reads.inject(0, SCHEDULE.steps, q, torch.zeros_like(values), None).before_gate
+    assert found is not None
+    torch.testing.assert_close(found, adapter.project(0, values), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("locality", [0.0, -1.0, float("inf"), float("nan")])
+def test_locality_must_be_positive(locality: float) -> None:
+    with pytest.raises(ValueError, match="expected a positive number, or None"):
+        ScaleWeaverConfig(kind="canny", locality=locality)

@@ -1,3 +1,4 @@
+import io
 import json
 import tarfile
 
@@ -5,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 import scaleweaver.toybox as toybox
 from scaleweaver.toybox.dataset import ToyboxBatches, ToyboxDataset, caption_of, draw_batch
 from scaleweaver.toybox.drawing import HUES, LIMBS, depth_map, depth_range, draw_skeleton, ids_map
 from scaleweaver.toybox.folder import PLACES, write_folder
+from scaleweaver.toybox.progress import rendering_progress
 from scaleweaver.toybox.scene import Person, attributes, sample_scene
 from scaleweaver.toybox.store import RenderStore, cache_renders
 
@@ -80,6 +83,67 @@ def test_batches_resume_at_the_same_picture(workers):
     torch.testing.assert_close(rest[0].images, draw_batch("train", [3, 4, 5], **FAST).images, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="outside"):
         second.load_state_dict({"next_index": 9})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_finite_batches_can_be_read_again(workers):
+    batches = ToyboxBatches("train", 2, start=4, count=3, workers=workers, **FAST)
+    passes = [[index for batch in batches for index in batch.indices] for _ in range(2)]
+    assert passes == [[4, 5, 6]] * 2
+    assert batches.state_dict() == {"next_index": 4}
+
+
+def test_a_device_that_cannot_be_used_is_refused(tmp_path):
+    makers = (
+        lambda **more: ToyboxDataset("val", 1, **more),
+        lambda **more: ToyboxBatches("val", 1, count=1, **more),
+        lambda **more: write_folder(tmp_path / "folder", "val", 1, **more),
+        lambda **more: cache_renders(tmp_path / "store", "val", count=1, **more),
+    )
+    for make in makers:
+        with pytest.raises(ValueError, match="device is 'graphics'"):
+            make(device="graphics")
+    for make in makers[1:]:
+        with pytest.raises(ValueError, match="pass workers=0"):
+            make(device="meta", workers=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_batch_rendered_on_a_gpu_comes_back(tmp_path):
+    there, here = draw_batch("train", range(3), device="cuda", **FAST), draw_batch("train", range(3), **FAST)
+    assert there.images.device.type == there.depth.device.type == there.ids.device.type == "cpu"
+    assert (there.images - here.images).abs().mean() < 0.01
+    assert write_folder(tmp_path, "train", 1, device="cuda", **FAST) == 1
+
+
+def test_progress_is_told(tmp_path):
+    told = []
+
+    def hear(done, count):
+        told.append((done, count))
+
+    write_folder(tmp_path / "folder", "val", 1, on_progress=hear, **FAST)
+    write_folder(tmp_path / "folder", "val", 3, on_progress=hear, **FAST)
+    assert told == [(0, 1), (1, 1), (1, 3), (2, 3), (3, 3)]
+    told.clear()
+    shards = {"shards": True, "pictures_per_shard": 2, "on_progress": hear, **FAST}
+    write_folder(tmp_path / "shards", "val", 3, **shards)
+    write_folder(tmp_path / "shards", "val", 3, **shards)
+    assert told == [(0, 3), (1, 3), (2, 3), (2, 3), (3, 3), (2, 3), (3, 3)]
+    told.clear()
+    for _ in range(2):  # the second time there is nothing to do
+        cache_renders(tmp_path / "store", "val", count=3, batch_size=2, workers=0, on_progress=hear, **FAST)
+    assert told == [(0, 3), (2, 3), (3, 3)]
+
+
+def test_the_progress_bar_shows_once_there_is_something_to_do():
+    for told, shown in ((False, False), (True, True)):
+        screen = io.StringIO()
+        with rendering_progress("rendering cats", Console(file=screen, force_terminal=True, width=80)) as on_progress:
+            if told:
+                on_progress(2, 5)
+        assert ("rendering cats" in screen.getvalue() and "2/5" in screen.getvalue()) == shown
 
 
 def test_a_stream_without_count_goes_on():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,23 @@ import pytest
 import torch
 import yaml
 from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
 
 from scaleweaver import VARControlPipeline
+from scaleweaver.backbones.infinity import InfinityTransformer
 from scaleweaver.contracts import Control
+from scaleweaver.controls.canny import canny
 from scaleweaver.evaluate.attributes import AttributeJudge
 from scaleweaver.tokenizers.bsq import BSQTokenizer
 from scaleweaver.toybox.store import cache_renders
 from scaleweaver.train import run
+from scaleweaver.train.backbone import BackboneRecipe
+from scaleweaver.train.control import ControlRecipe
 from scaleweaver.train.data import Renders, as_pixels, cached_latents, shuffled, to_images
+from scaleweaver.train.judge import JudgeRecipe
+from scaleweaver.train.tokenizer import TokenizerRecipe
 from scaleweaver.train.trainer import TrainConfig, train
+from scaleweaver.train.vocabulary import train_vocabulary
 
 SCHEDULE = {"grids": [[1, 1], [2, 2]], "position_grid": [2, 2], "stride": 16}  # pictures of 32 x 32
 TINY = {"steps": 2, "batch": 2, "lr": 1e-3, "warmup": 1, "log_every": 1, "validate_every": 2, "checkpoint_every": 1}
@@ -196,6 +205,54 @@ def test_config_errors(tmp_path):
         run(written(tmp_path, {**TINY, "recipe": "tokenizer", "out": "x"}))
 
 
+def test_settings_that_nothing_reads_are_refused(tmp_path):
+    values = TINY | {"recipe": "judge", "out": str(tmp_path / "run"), "data": "x", "val_data": "x"}
+    recipes = {
+        "tokenizer": TokenizerRecipe, "backbone": BackboneRecipe, "control": ControlRecipe, "judge": JudgeRecipe,
+    }  # fmt: skip
+    for name, recipe in recipes.items():
+        with pytest.raises(ValueError, match=r"sets sofften, which nothing reads; this recipe knows .*data.* lr,"):
+            recipe(TrainConfig.from_mapping(values | {"recipe": name, "sofften": 0.1}))
+    # as from the command line, where the key may be a nested one
+    with pytest.raises(ValueError, match="sets sofften"):
+        run(written(tmp_path, values), {"sofften.share": 0.1})
+    with pytest.raises(ValueError, match="do not take sise; a render store can be given path, split"):
+        run(written(tmp_path, values), {"data": {"path": "x", "split": "val", "count": 1, "sise": 32}})
+    with pytest.raises(ValueError, match="lack path, count; "):
+        Renders({"split": "val"})
+
+
+def test_nested_settings_are_changed_and_numbers_read(tmp_path):
+    picture = {"online": True, "split": "val", "count": 2, "size": 32, "supersample": 1}
+    values = TINY | {"recipe": "judge", "out": str(tmp_path / "run"), "data": picture, "val_data": picture}
+    values |= {"judge": {"widths": [8, 8, 8, 8, 8]}, "soften": "1e-1", "validate_every": 9}
+    path = written(tmp_path, values)
+    changes = {"data.count": 3, "judge.widths": [8, 8, 8, 8, 16], "steps": 1}
+    run(path, changes)
+    used = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
+    assert used["data"] == picture | {"count": 3} and used["soften"] == 0.1
+    assert AttributeJudge.from_pretrained(tmp_path / "run/result/judge").config["widths"] == [8, 8, 8, 8, 16]
+    with pytest.raises(ValueError, match="soften is '1e-1', which has no settings of its own"):
+        run(path, {"soften.share": 1})
+    for text, read in (("1e-1", 0.1), ("-2.5E3", -2500.0), (".5e+2", 50.0), ("e5", "e5"), ("1e-1x", "1e-1x")):
+        options = config(tmp_path, outer={"inner": [text]}).options
+        assert options["outer"] == {"inner": [read]}
+    assert config(tmp_path, minutes="5e-1", betas=["9e-1", 0.99]).minutes == 0.5
+    assert config(tmp_path, minutes=None).minutes is None
+
+
+def test_what_training_needs_is_checked_first(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="launched as 2 processes, but runs in one"):
+            train(Noisy(), config(tmp_path))
+    for package in ("tensorboard", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=r"scaleweaver\[train\]"):
+        train(Noisy(), config(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_shuffled_epochs_and_pixels():
     rows = shuffled(5, 0, 0, 10)
     assert sorted(rows[:5]) == sorted(rows[5:]) == list(range(5)) and rows[:5] != rows[5:]
@@ -225,7 +282,8 @@ def results(tmp_path_factory) -> Path:
             maps=("depth", "keypoints"),
             workers=0,
         )
-    data = {"data": str(folder / "train"), "val_data": str(folder / "val"), "schedule": SCHEDULE}
+    pictures = {"data": str(folder / "train"), "val_data": str(folder / "val")}
+    data = pictures | {"schedule": SCHEDULE}
     vae = {"bits": 4, "stride": 8, "patch": 2, "fold": 4, "widths": [8, 16], "norm_groups": 4}
     vae |= {"encoder_blocks": 1, "decoder_blocks": 1}
     text = {"d_model": 32, "d_ff": 32, "d_kv": 16, "num_layers": 1, "num_heads": 2}
@@ -235,10 +293,10 @@ def results(tmp_path_factory) -> Path:
         "backbone": data
         | {"vae": str(folder / "tokenizer/result/vae"), "transformer": transformer, "text_encoder": text}
         | {"vocabulary": 300, "lr": 1e-2},
-        "control": data
+        "control": pictures
         | {"kind": "canny", "model": str(folder / "backbone/result"), "latents": str(folder / "backbone/latents")}
         | {"adapter": {"lora_rank": 2}, "lr": 1e-2},
-        "judge": data | {"judge": {"widths": [8, 8, 16, 16, 16]}},
+        "judge": pictures | {"judge": {"widths": [8, 8, 16, 16, 16]}},
     }
     for name, options in recipes.items():
         run(written(folder, TINY | {"recipe": name, "out": str(folder / name)} | options))
@@ -277,6 +335,43 @@ def test_control_recipe(results):
     assert pipe("a red cube", control=Control("canny", edges), seed=0).images[0].size == (32, 32)
     names = {row[1] for row in curve(results / "control")}
     assert {"val_loss_with", "val_loss_without", "val_f1", "val_f1_2px"} <= names
+
+
+def test_control_recipe_reads_cached_text(results, tmp_path):
+    values = TINY | {"recipe": "control", "kind": "canny", "model": str(results / "backbone/result")}
+    values |= {"data": str(results / "train"), "val_data": str(results / "val"), "text_dropout": 0.5, "batch": 4}
+    values |= {"latents": str(results / "backbone/latents"), "adapter": {"lora_rank": 2}}
+    losses = []
+    for cached in (True, False):
+        recipe = ControlRecipe(TrainConfig.from_mapping(values | {"out": str(tmp_path), "text_cache": cached}))
+        batches = [recipe.batch(i, 4) for i in range(3)]
+        assert all(("features" in batch) == cached for batch in batches)
+        assert any(batch["drop"].any() for batch in batches) and not all(batch["drop"].all() for batch in batches)
+        with torch.no_grad():
+            losses.append([float(recipe.model(batch, 0)[0]) for batch in batches])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_control_recipe_on_an_infinity_schedule_with_text_in_its_condition(tmp_path):
+    vae = BSQTokenizer(bits=2, stride=16, fold=4, widths=[4, 4, 8], encoder_blocks=1, decoder_blocks=1, norm_groups=4)
+    text = T5Config(vocab_size=300, d_model=32, d_ff=32, d_kv=16, num_layers=1, num_heads=2)
+    transformer = InfinityTransformer(bits=2, depth=2, width=32, heads=2, text_width=32, text_length=64, max_scales=7)
+    transformer.init_weights()
+    vocabulary = train_vocabulary(["a red cube on grass"], 300)
+    plan = {"family": "infinity", "budget": "0.06M"}
+    VARControlPipeline(transformer, vae, T5EncoderModel(text), vocabulary, plan).save_pretrained(tmp_path / "model")
+    pictures = {"online": True, "split": "val", "count": 2, "size": 256, "supersample": 1}
+    values = TINY | {"recipe": "control", "kind": "canny", "out": str(tmp_path / "run"), "steps": 1}
+    values |= {"model": str(tmp_path / "model"), "data": pictures, "val_data": pictures | {"start": 9}}
+    adapter = {"lora_rank": 2, "condition_modulation": "text", "thresholds": [30, 60]}
+    run(written(tmp_path, values | {"adapter": adapter}))
+    names = {row[1] for row in curve(tmp_path / "run")}
+    assert {"loss", "accuracy_6", "val_loss_with", "val_f1"} <= names
+    recipe = ControlRecipe(TrainConfig.from_mapping(values | {"adapter": adapter}))
+    edges = np.asarray(canny(recipe.held_out.image(1), 30, 60))
+    assert np.array_equal(recipe.control_map(recipe.held_out, 1), edges) and edges.any()
+    with pytest.raises(ValueError, match="pictures are 128x128, the model draws 256x256"):
+        run(written(tmp_path, values), {"data.size": 128})
 
 
 def test_judge_recipe(results):

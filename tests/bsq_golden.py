@@ -13,8 +13,8 @@ from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.tokenizers.bsq import BSQTokenizer
 from scaleweaver.tokenizers.target import ResidualTarget
 
-SMALL = Path(__file__).parents[1] / "golden"
-FULL = Path(__file__).parents[3] / "shared" / "golden"
+SMALL = Path(__file__).parent / "golden"
+FULL = Path(__file__).parents[2] / "shared" / "golden"
 
 
 def our_key(official: str) -> str:
