@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 PINS = $$($(BIN)/python -c "import sys; print('-c constraints.txt' * (sys.version_info >= (3, 11)))")
 PIP = $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
 
+MODEL ?= toybox
 PROMPT ?= a red cube left of a small green ball on grass at noon
 CONTROL ?= canny=examples/canny.png
 SEED ?= 7
@@ -42,7 +43,7 @@ $(VENV)/.developer: pyproject.toml constraints.txt $(VENV)/.torch
 	@touch $@ $(VENV)/.installed
 
 generate: $(VENV)/.installed
-	@$(BIN)/scaleweaver generate "$(PROMPT)" --control "$(CONTROL)" --seed $(SEED) --out "$(OUT)"
+	@$(BIN)/scaleweaver generate "$(PROMPT)" --model "$(MODEL)" --control "$(CONTROL)" --seed $(SEED) --out "$(OUT)"
 
 test: $(VENV)/.developer
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)

@@ -19,7 +19,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", type=Path, required=True, help="result folder of the backbone recipe")
     parser.add_argument("--control", type=Path, action="append", default=[], help="result folder of a control recipe")
-    parser.add_argument("--card", type=Path, default=Path(__file__).with_name("card.md"), help="model card to ship")
+    parser.add_argument(
+        "--card", type=Path, default=Path(__file__).with_name("card.md"), help="model card to ship, if there is one"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--temperature", type=float)
@@ -27,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     chosen = {name: getattr(options, name) for name in ("guidance_scale", "temperature", "top_p")}
     defaults = {name: value for name, value in chosen.items() if value is not None}
-    pipe = VARControlPipeline.from_pretrained(options.backbone, dtype=torch.bfloat16, **defaults)
+    pipe = VARControlPipeline.from_pretrained(options.backbone, **defaults).to(torch.bfloat16)
     for folder in options.control:
         pipe.load_control(folder)
     shutil.rmtree(options.out, ignore_errors=True)

@@ -22,7 +22,7 @@ from scaleweaver.contracts import Control, TextFeatures
 from scaleweaver.controls.canny import canny
 from scaleweaver.evaluate.control import canny_f1
 from scaleweaver.methods.scaleweaver import ControlAdapter, ScaleWeaverConfig, encode
-from scaleweaver.pipeline import VARControlPipeline
+from scaleweaver.pipeline import VARControlPipeline, VARPipelineOutput
 from scaleweaver.reference import ReferenceInjector
 from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.train.backbone import encode_text
@@ -196,6 +196,7 @@ class ControlRecipe:
         for i, control in enumerate(controls):
             size = {"height": self.height, "width": self.width}
             out = self.pipe(texts[i], control=control, seed=i, output_type="pt", **size)
+            assert isinstance(out, VARPipelineOutput)
             pictures.append(as_pixels(out.images * 2 - 1)[0])
         if self.kind == "canny":
             low, high = self.thresholds

@@ -77,7 +77,8 @@ class Renders:
     def source(self, row: int) -> tuple[str, int]:
         """Split and index of the scene, as `toybox.scene.sample_scene` takes them."""
         store, i = self._find(row)
-        return store.settings["split"], store.settings["start"] + i
+        settings: Mapping[str, Any] = store.settings
+        return settings["split"], settings["start"] + i
 
     def depth(self, row: int) -> Pixels:
         """(H, W, 3), near is bright."""

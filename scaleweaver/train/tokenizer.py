@@ -118,15 +118,21 @@ def principal_start(vae: BSQTokenizer, images: Tensor, scale: float, exponent: f
     analysis = components / spread @ rotation  # (3 s s, bits)
     gain = scale / ((patches - mean) @ analysis).square().mean().sqrt()
     encoder, decoder = vae.encoder, vae.decoder
-    assert encoder.shortcut is not None and decoder.shortcut is not None and encoder.shortcut.bias is not None
+    if encoder.shortcut is None or decoder.shortcut is None:
+        raise ValueError("this tokenizer has no linear shortcut to start from; build it with shortcut=True")
     encoder.shortcut.weight.copy_((analysis * gain).T.unflatten(1, (3, stride, stride)))
-    encoder.shortcut.bias.copy_(-(mean @ analysis) * gain)
+    _set(encoder.shortcut.bias, -(mean @ analysis) * gain)
     synthesis = (components * spread @ rotation / gain).T  # (bits, 3 s s)
     decoder.shortcut.weight.copy_(synthesis.unflatten(1, (3, stride, stride)))
-    decoder.shortcut.bias.copy_(mean.unflatten(0, (3, stride * stride)).mean(1))  # one value a channel
+    _set(decoder.shortcut.bias, mean.unflatten(0, (3, stride * stride)).mean(1))  # one value a channel
     for convolution in (encoder.conv_out, decoder.conv_out):
-        convolution.weight.zero_()
-        convolution.bias.zero_()
+        nn.init.zeros_(convolution.weight)
+        _set(convolution.bias, torch.zeros(convolution.out_channels))
+
+
+def _set(bias: Tensor | None, value: Tensor) -> None:
+    if bias is not None:
+        bias.copy_(value)
 
 
 @torch.no_grad()
