@@ -70,6 +70,17 @@ def encode_text(
     return TextFeatures(states[mask.bool()], tuple(mask.sum(1).tolist()))  # (sum of lengths, T)
 
 
+def decay_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Optimiser groups without weight decay on vectors, tables and gates, as in the paper's recipe."""
+    tables = ("null_text", "first_position", "level_embed", "modulation", "log_scale", "query")
+    plain: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    for name, p in named:
+        table = any(part in name for part in tables) and "shared" not in name
+        (plain if p.ndim < 2 or table else decayed).append(p)
+    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+
+
 class BackboneRecipe:
     """Options: data, val_data, vae (folder), latents (cache folder), schedule, transformer (config), text_encoder
     (config), vocabulary (size), strength, corrected_scales, text_dropout, empty_prompts; guidance_scale, temperature
@@ -114,16 +125,7 @@ class BackboneRecipe:
         self.empty_prompts: float = options.get("empty_prompts", 0.02)
 
     def parameter_groups(self) -> Iterable[dict[str, Any]]:
-        """No weight decay on vectors, tables and gates, as in the paper's recipe."""
-        plain: list[nn.Parameter] = []
-        decayed: list[nn.Parameter] = []
-        for name, p in self.model.named_parameters():
-            table = any(
-                part in name
-                for part in ("null_text", "first_position", "level_embed", "modulation", "log_scale", "query")
-            )
-            (plain if p.ndim < 2 or (table and "shared" not in name) else decayed).append(p)
-        return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        return decay_groups(self.model.named_parameters())
 
     def batch(self, index: int, size: int) -> Mapping[str, Any]:
         rng = np.random.default_rng((self.seed, index))

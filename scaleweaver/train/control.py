@@ -2,12 +2,15 @@
 
 ScaleWeaver (arXiv 2510.14882): teacher forcing, only the condition stream's LoRA, the zero-initialised projections and
 the type embedding learn. Inferred: text and control are dropped independently of each other for one sample in ten,
-thresholds vary, and the projections learn faster than the LoRA, whose gradient is zero until they have moved.
+thresholds vary, and the projections have a learning rate of their own.
+Differs from the paper where `backbone_lr_scale` is set: the backbone and the text encoder then learn along, on samples
+with and without the control. That is for backbones too small to hold features that a frozen one could be steered by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,14 @@ from torch import Tensor, nn
 
 from scaleweaver.adapters import add_control, save_control, trainable_parameters
 from scaleweaver.cache import KVCache
-from scaleweaver.contracts import Control, TextFeatures
+from scaleweaver.contracts import Control, TextContext, TextFeatures
 from scaleweaver.controls.canny import canny
 from scaleweaver.evaluate.control import canny_f1
 from scaleweaver.methods.scaleweaver import ControlAdapter, ScaleWeaverConfig, encode
 from scaleweaver.pipeline import VARControlPipeline, VARPipelineOutput
 from scaleweaver.reference import ReferenceInjector
 from scaleweaver.schedule import ScaleSchedule
-from scaleweaver.train.backbone import encode_text
+from scaleweaver.train.backbone import decay_groups, encode_text
 from scaleweaver.train.data import (
     CachedText,
     Pixels,
@@ -44,34 +47,50 @@ from scaleweaver.train.trainer import TrainConfig
 class ControlLoss(nn.Module):
     """Bit cross-entropy under a control; forward({"latent", "maps", "drop", "seen", and the text}, seed).
 
-    The text is either tokens, "ids" and "mask", or packed "features" with their "lengths".
+    The text is either tokens, "ids" and "mask", or packed "features" with their "lengths". `whole`: the gradient also
+    reaches the text encoder.
     """
 
     def __init__(
-        self, pipe: VARControlPipeline, adapter: ControlAdapter, name: str, schedule: ScaleSchedule, strength: float
+        self,
+        pipe: VARControlPipeline,
+        adapter: ControlAdapter,
+        name: str,
+        schedule: ScaleSchedule,
+        strength: float,
+        whole: bool = False,
     ):
         super().__init__()
+        self.whole = whole
         self.transformer, self.text_encoder, self.vae = pipe.transformer, pipe.text_encoder, pipe.vae
         self.adapter, self.name, self.strength = adapter, name, strength
         self.schedule = schedule
 
     def forward(self, batch: Mapping[str, Tensor], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         target, schedule = self.vae.target, self.schedule
+        with torch.set_grad_enabled(self.whole and torch.is_grad_enabled()):
+            context = self.transformer.encode_text(self._text(batch))
         with torch.no_grad():
-            text = self._text(batch)
             noise = torch.Generator(batch["latent"].device).manual_seed(seed)
             inputs, labels, _ = target.self_correct(batch["latent"], schedule, self.strength, len(schedule), noise)
-            context = self.transformer.encode_text(text)
-            condition = self.vae.encode(batch["maps"])
-        read = context if self.adapter.config.condition_modulation == "text" else None
-        bank = encode(self.transformer, self.adapter, self.name, condition, schedule, target, read)
-        rows = len(batch["latent"])
-        # a dropped control is an absent one: its branch is masked, as it is at strength 0
-        seen = batch["seen"].float().view(rows, 1, 1, 1).expand(rows, 1, schedule.height, schedule.width)
-        injector = ReferenceInjector(bank, self.adapter, [1.0] * len(schedule), (True,), mask=seen, images=rows)
-        logits = self.transformer(inputs, schedule.steps, context, KVCache(), injectors=(injector,))
+        injectors = self._injectors(batch["maps"], batch["seen"], context)
+        logits = self.transformer(inputs, schedule.steps, context, KVCache(), injectors=injectors)
         loss, _, accuracy = bit_loss(logits, labels, schedule)
         return loss, {f"accuracy_{i}": a.detach() for i, a in enumerate(accuracy)}
+
+    def _injectors(self, maps: Tensor, seen: Tensor, context: TextContext) -> tuple[ReferenceInjector, ...]:
+        """The control of the rows in `seen` (B,); the others have none, as at strength 0, and their maps cost nothing."""
+        if not seen.any():
+            return ()
+        read = None
+        if self.adapter.config.condition_modulation == "text":
+            read = replace(context, modulation=context.modulation[seen])
+        with torch.no_grad():
+            condition = self.vae.encode(maps[seen])  # (rows seen, d, Hl, Wl)
+        bank = encode(self.transformer, self.adapter, self.name, condition, self.schedule, self.vae.target, read)
+        place = seen.long().cumsum(0).sub(1).clamp_min(0)  # (B,) row of the bank; any for those that do not look
+        ones = [1.0] * len(self.schedule)
+        return (ReferenceInjector(bank.select_rows(place), self.adapter, ones, tuple(seen.tolist()), images=1),)
 
     def _text(self, batch: Mapping[str, Tensor]) -> TextFeatures:
         """Packed features; rows with `drop` get the unconditional table instead, as in `encode_text`."""
@@ -87,12 +106,14 @@ class ControlLoss(nn.Module):
 class ControlRecipe:
     """Options: data, val_data, model (pipeline folder), latents (cache folder), kind, name, adapter (ScaleWeaverConfig
     fields), strength, text_dropout, control_dropout, z_lr_scale, text_cache (keep the features of all captions beside
-    the latents, on by default where the pictures are in stores: it pays where a run reads the captions several times).
+    the latents, on by default where the pictures are in stores: it pays where a run reads the captions several times),
+    backbone_lr_scale (0, the default: the backbone is frozen and the result is the control; above 0 backbone and text
+    encoder learn at this multiple of the learning rate and the result is a whole pipeline).
     """
 
     option_names = frozenset((
         "data", "val_data", "model", "latents", "kind", "name", "adapter", "strength", "text_dropout",
-        "control_dropout", "z_lr_scale", "text_cache",
+        "control_dropout", "z_lr_scale", "text_cache", "backbone_lr_scale",
     ))  # fmt: skip
 
     def __init__(self, config: TrainConfig):
@@ -118,21 +139,38 @@ class ControlRecipe:
         settings = ScaleWeaverConfig.from_dict({"kind": self.kind, **options.get("adapter", {})})
         self.adapter = add_control(self.pipe.transformer, settings, self.name)
         self.pipe.controls[self.name] = self.adapter
+        self.backbone_lr_scale: float = options.get("backbone_lr_scale", 0.0)
+        if self.backbone_lr_scale < 0:
+            raise ValueError(f"backbone_lr_scale={self.backbone_lr_scale}: expected 0 (frozen) or more")
+        if self.backbone_lr_scale:
+            self.pipe.transformer.requires_grad_(True)
+            self.pipe.text_encoder.requires_grad_(True)
         latents = Path(options.get("latents", Path(config.out) / "latents"))
         self.latents = latent_reader(latents / "train", self.pipe.vae, self.renders)
         self.held_out_latents = latent_reader(latents / "val", self.pipe.vae, self.held_out)
         self.text: CachedText | None = None
-        if options.get("text_cache", not self.renders.online):
+        whole = self.backbone_lr_scale > 0
+        if whole and options.get("text_cache"):
+            raise ValueError("text_cache keeps features that a trained text encoder outgrows; set it to false")
+        if options.get("text_cache", not self.renders.online and not whole):
             limit = self.pipe.transformer.config["text_length"]
             encoder, tokenizer = self.pipe.text_encoder, self.pipe.tokenizer
             self.text = cached_text(latents / "text", encoder, tokenizer, self.renders, max_length=limit)
-        self.model: nn.Module = ControlLoss(self.pipe, self.adapter, self.name, schedule, options.get("strength", 0.3))
+        strength = options.get("strength", 0.3)
+        self.model: nn.Module = ControlLoss(self.pipe, self.adapter, self.name, schedule, strength, whole)
 
     def parameter_groups(self) -> Iterable[dict[str, Any]]:
         named = trainable_parameters(self.pipe.transformer, self.adapter, self.name)
         z = [p for name, p in named.items() if ".z." in name]
         other = [p for name, p in named.items() if ".z." not in name]
-        return [{"params": z, "lr_scale": self.config.options.get("z_lr_scale", 1.0)}, {"params": other}]
+        groups: list[dict[str, Any]] = [{"params": z, "lr_scale": self.config.options.get("z_lr_scale", 1.0)}]
+        groups.append({"params": other})
+        if self.backbone_lr_scale:
+            own = {id(p) for p in named.values()}
+            networks = (self.pipe.transformer, self.pipe.text_encoder)
+            weights = [(n, p) for network in networks for n, p in network.named_parameters() if id(p) not in own]
+            groups += [{**group, "lr_scale": self.backbone_lr_scale} for group in decay_groups(weights)]
+        return groups
 
     @property
     def thresholds(self) -> tuple[float, float]:
@@ -163,6 +201,7 @@ class ControlRecipe:
         maps = np.stack([self.control_map(self.renders, r, rng) for r in rows])
         drop = rng.random(size) < options.get("text_dropout", 0.1)
         seen = rng.random(size) >= options.get("control_dropout", 0.1)
+        seen[0] |= not seen.any()  # a frozen backbone alone has no gradient
         return self._batch(self.latents(rows), text, maps, drop, seen)
 
     def _tokens(self, texts: list[str]) -> dict[str, Tensor]:
@@ -207,4 +246,7 @@ class ControlRecipe:
         return values
 
     def save(self, folder: Path) -> None:
+        if self.backbone_lr_scale:
+            self.pipe.save_pretrained(folder)
+            return
         save_control(folder / self.name, self.pipe.transformer, self.adapter, self.name)

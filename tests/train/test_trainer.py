@@ -352,6 +352,43 @@ def test_control_recipe_reads_cached_text(results, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
+def test_control_recipe_trains_the_backbone_along(results, tmp_path):
+    values = TINY | {"recipe": "control", "kind": "canny", "model": str(results / "backbone/result"), "lr": 1e-2}
+    values |= {"data": str(results / "train"), "val_data": str(results / "val"), "control_dropout": 0.5}
+    values |= {"out": str(tmp_path / "run"), "latents": str(results / "backbone/latents"), "backbone_lr_scale": 1.0}
+    values |= {"adapter": {"lora_rank": 2}}
+    run(written(tmp_path, values))
+    start = VARControlPipeline.from_pretrained(results / "backbone/result")
+    pipe = VARControlPipeline.from_pretrained(tmp_path / "run/result")
+    assert pipe.available_controls == ("canny",)
+    pipe.unload_control("canny")
+    for name, learned in (("transformer", True), ("text_encoder", True), ("vae", False)):
+        before, after = (getattr(each, name).state_dict() for each in (start, pipe))
+        assert before.keys() == after.keys()
+        assert any(not torch.equal(before[key], after[key]) for key in before) == learned
+    for wrong in ({"backbone_lr_scale": -1.0}, {"text_cache": True}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ControlRecipe(TrainConfig.from_mapping(values | wrong))
+
+
+def test_rows_without_the_control_are_as_with_no_adapter(results, tmp_path):
+    values = TINY | {"recipe": "control", "kind": "canny", "model": str(results / "backbone/result")}
+    values |= {"data": str(results / "train"), "val_data": str(results / "val"), "control_dropout": 1.0, "batch": 4}
+    values |= {"latents": str(results / "backbone/latents"), "out": str(tmp_path), "adapter": {"lora_rank": 2}}
+    recipe = ControlRecipe(TrainConfig.from_mapping(values))
+    batch = dict(recipe.batch(0, 4))
+    assert batch["seen"].tolist() == [True, False, False, False]  # one always looks, else nothing would learn
+    for z in recipe.adapter.z.values():
+        torch.nn.init.normal_(z.weight)
+    scores = []
+    for seen in ([0, 0, 0, 0], [0, 1, 0, 1], [1, 1, 1, 1]):
+        for maps in (batch["maps"], batch["maps"].flip(0)):
+            again = batch | {"seen": torch.tensor(seen, dtype=torch.bool), "maps": maps}
+            with torch.no_grad():
+                scores.append(float(recipe.model(again, 0)[0]))
+    assert scores[0] == scores[1] and len(set(scores[1:])) == 5
+
+
 def test_control_recipe_on_an_infinity_schedule_with_text_in_its_condition(tmp_path):
     vae = BSQTokenizer(bits=2, stride=16, fold=4, widths=[4, 4, 8], encoder_blocks=1, decoder_blocks=1, norm_groups=4)
     text = T5Config(vocab_size=300, d_model=32, d_ff=32, d_kv=16, num_layers=1, num_heads=2)
