@@ -1,6 +1,7 @@
 """How good is the built-in model? Measured on scenes of the test split, which no training saw.
 
-python benchmarks/evaluate_toybox.py --judge runs/toybox/judge/result/judge --sheets out/sheets
+python benchmarks/evaluate_toybox.py --judge runs/toybox/judge/result/judge --sheets out/sheets \
+    --into README.md --into scaleweaver/assets/toybox/README.md
 python benchmarks/evaluate_toybox.py --parts speed --threads 2
 
 Prompts are `explicit_caption`s: they say everything that is asked of the pictures afterwards. Every number has its
@@ -11,7 +12,6 @@ measured; a later call with the same settings goes on with the missing parts.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -47,6 +47,7 @@ RESULT = Path(__file__).parent / "results" / "toybox.json"
 PARTS = ("tokenizer", "bits", "control", "attributes", "speed")
 EDGES = ("f1", "f1_1px", "f1_2px")
 SHOWN = 48  # prompts on the contact sheet
+START, END = "<!-- measured -->\n", "<!-- /measured -->"  # where the tables stand in a document
 
 
 class Evaluation:
@@ -98,12 +99,12 @@ class Evaluation:
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on; results of other settings are not mixed with these."""
-        digest = hashlib.sha256()
-        for network in (self.pipe.transformer, self.pipe.text_encoder, self.pipe.vae, *self.pipe.controls.values()):
-            digest.update(fingerprint(network).encode())
-        calls = {name: self.pipe.config[name] for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+        networks = {name: getattr(self.pipe, name) for name in ("transformer", "text_encoder", "vae")}
+        weights = {name: fingerprint(network) for name, network in (networks | self.pipe.controls).items()}
+        numbers = ("guidance_scale", "control_guidance_scale", "temperature", "top_k", "top_p")
+        calls = {name: self.pipe.config.get(name) for name in numbers}
         names = ("split", "count", "seed", "control")
-        sources = {"weights": digest.hexdigest()[:16], "processor": processor()}
+        sources = {"weights": weights, "processor": processor()}
         return sources | {n: getattr(self.options, n) for n in names} | calls
 
 
@@ -218,8 +219,11 @@ def _columns(*stacks: Pixels) -> Pixels:
 
 def table(report: dict[str, Any]) -> str:
     """The report as markdown."""
-    lines = [f"Built-in model, {report['settings']['count']} scenes of the {report['settings']['split']} split.", ""]
-    found = report["parts"]
+    settings, found = report["settings"], report["parts"]
+    where = (
+        f"{settings['processor']}, {report['machine']['cores']} cores, torch {report['machine']['versions']['torch']}"
+    )
+    lines = [f"{settings['count']} scenes of the {settings['split']} split; {where}; `{report['command']}`", ""]
     if "tokenizer" in found:
         lines += ["| tokenizer | PSNR (dB) | canny F1 | F1, 1 px | F1, 2 px |", "|---|---|---|---|---|"]
         values = found["tokenizer"]
@@ -247,6 +251,15 @@ def table(report: dict[str, Any]) -> str:
 
 def _row(values: Any) -> str:
     return " | ".join("-" if value is None else f"{value:.3f}" for value in values) + " |"
+
+
+def insert(document: Path, text: str) -> None:
+    """Puts the tables between the marks of a document, in place of those that stand there."""
+    head, start, rest = document.read_text(encoding="utf-8").partition(START)
+    _, end, tail = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"{document} has no place for the tables; write {START.strip()} and {END} there")
+    document.write_text(f"{head}{start}{text}\n{end}{tail}", encoding="utf-8")
 
 
 def processor() -> str:
@@ -278,6 +291,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--again", action="store_true", help="measure parts again that the result file holds")
     parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
+    parser.add_argument("--into", type=Path, action="append", default=[], help="documents that show the tables")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     options.parts = options.parts.split(",")
@@ -315,6 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sheets(run, options.sheets)
     text = table(report)
     options.out.with_suffix(".md").write_text(text)
+    for document in options.into:
+        insert(document, text)
     print(text)
 
 

@@ -48,7 +48,7 @@ def locate(
         if not (folder / marker).is_file():
             raise ValueError(
                 f"the built-in model {name!r} is not part of this installation ({folder} lacks {marker});"
-                ' run "pip install --force-reinstall --no-deps ." in a complete clone, or train it as the README says'
+                ' run "pip install --force-reinstall --no-deps ." in a complete clone'
             )
         return folder
     if not os.path.isdir(name):

@@ -87,7 +87,8 @@ class VARControlPipeline(DiffusionPipeline):
     """Text to image by next-scale prediction, with any number of control images.
 
     `schedule` says which grids a picture is built from: `ScaleSchedule.to_dict()` for a model of one size, or
-    {"family": "infinity", "budget": "1M"} for the aspect-ratio templates. The other numbers are the defaults of a call.
+    {"family": "infinity", "budget": "1M"} for the aspect-ratio templates. The other numbers are the defaults of a call;
+    that of control_guidance_scale holds where a control acts.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
@@ -104,6 +105,7 @@ class VARControlPipeline(DiffusionPipeline):
         temperature: float | list[float] = 0.5,
         top_k: int = 0,
         top_p: float = 0.97,
+        control_guidance_scale: float | list[float] | None = None,
     ) -> None:
         super().__init__()
         if vae.target.width != transformer.config["bits"]:
@@ -118,6 +120,7 @@ class VARControlPipeline(DiffusionPipeline):
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            control_guidance_scale=control_guidance_scale,
         )
         self.controls: dict[str, ControlAdapter] = {}
         self._card: str | None = None
@@ -164,11 +167,11 @@ class VARControlPipeline(DiffusionPipeline):
         # the plan: a mistake of the caller shows before any network runs
         numbers = (guidance_scale, control_guidance_scale, guidance_layer, temperature, top_k, top_p)
         parts = {"cache": cache, "router": router, "sampler": sampler, "search": search}
-        values = with_parts(read_numbers(self.config, *numbers), parts, forced)
         check_call(num_images_per_prompt, output_type, callback_on_step_end)
         controls = read_controls(control, self.controls)
         plan = self._plan(schedule, height, width, first_size(controls))
         active = [item for item in controls if any(control_strengths(item, plan))]
+        values = with_parts(read_numbers(self.config, *numbers, controlled=bool(active)), parts, forced)
         guidance = read_guidance(values, len(plan), bool(controls), len(self.transformer.blocks))
         sampler = sampler or BitwiseSampler(values["temperature"], values["top_k"], values["top_p"])
         texts = read_prompts(prompt, prompt_embeds)

@@ -106,8 +106,13 @@ def read_numbers(
     temperature: Numbers | None,
     top_k: int | None,
     top_p: float | None,
+    *,
+    controlled: bool,
 ) -> dict[str, Any]:
-    """The numbers of a call, the model's own where none was given, as plain JSON."""
+    """The numbers of a call, the model's own where none was given, as plain JSON.
+
+    The model's own control_guidance_scale is for calls under a control that do not choose another kind of guidance.
+    """
     given = {
         "guidance_scale": guidance_scale,
         "control_guidance_scale": control_guidance_scale,
@@ -116,7 +121,10 @@ def read_numbers(
         "top_k": top_k,
         "top_p": top_p,
     }
-    return {name: _plain(defaults.get(name) if value is None else value, name) for name, value in given.items()}
+    own = dict(defaults)
+    if not controlled or guidance_layer is not None:
+        own.pop("control_guidance_scale", None)
+    return {name: _plain(own.get(name) if value is None else value, name) for name, value in given.items()}
 
 
 def with_parts(values: Mapping[str, Any], parts: Mapping[str, Any], forced: Sequence[Tensor] | None) -> dict[str, Any]:

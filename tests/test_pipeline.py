@@ -335,6 +335,19 @@ def test_control_guidance(pipe: VARControlPipeline) -> None:
     assert not torch.equal(strong.latent, plain) and strong.settings[0]["control_guidance_scale"] == 2.0
 
 
+def test_control_guidance_of_the_model(pipe: VARControlPipeline) -> None:
+    control, off = {"canny": edges()}, Control("canny", edges(), scale=0)
+    strong = latent(pipe, control=control, control_guidance_scale=2.0)
+    plain, layered = latent(pipe), latent(pipe, control=control, guidance_layer=1)
+    own = {name: getattr(pipe, name) for name in ("transformer", "vae", "text_encoder", "tokenizer")}
+    numbers = {name: pipe.config[name] for name in ("schedule", "guidance_scale", "temperature", "top_k", "top_p")}
+    other = VARControlPipeline(**own, **{**numbers, "control_guidance_scale": 2.0})
+    other.controls = pipe.controls
+    assert torch.equal(latent(other, control=control), strong)
+    assert torch.equal(latent(other), plain) and torch.equal(latent(other, control=off), plain)
+    assert torch.equal(latent(other, control=control, guidance_layer=1), layered)
+
+
 def test_guidance_inside_a_layer(pipe: VARControlPipeline) -> None:
     plain, control = latent(pipe), {"canny": edges()}
     inside = pipe(PROMPT, seed=1, guidance_layer=1)

@@ -78,6 +78,20 @@ def test_pictures_do_not_depend_on_the_batch(script, folder):
     assert torch.equal(drawn("1"), drawn("3"))
 
 
+@pytest.mark.filterwarnings("ignore:the prompt has")
+def test_tables_go_into_documents(script, folder, tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
+    more = ["--parts", "tokenizer", "--into", str(document), "--out", str(tmp_path / "report.json")]
+    for _ in range(2):
+        script.main(arguments(folder, *more))
+        table = (tmp_path / "report.md").read_text()
+        assert document.read_text() == f"before\n<!-- measured -->\n{table}\n<!-- /measured -->\nafter\n"
+    document.write_text("no place")
+    with pytest.raises(ValueError, match="no place for the tables"):
+        script.main(arguments(folder, *more))
+
+
 def test_bad_arguments(script, folder, capsys):
     for more, message in (
         (["--parts", "magic"], "unknown parts magic"),

@@ -1,0 +1,111 @@
+"""The model that ships with the package: there, small, offline, steered by edges, and described by its own numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from scaleweaver import VARControlPipeline
+from scaleweaver.adapters import CONFIG_FILE
+from scaleweaver.controls import canny
+from scaleweaver.evaluate.control import canny_f1, psnr
+from scaleweaver.evaluate.prompts import explicit_caption
+from scaleweaver.hub import built_in_folder
+from scaleweaver.schedule import ScaleSchedule
+from scaleweaver.toybox.dataset import draw_batch
+from scaleweaver.train.data import fingerprint
+from scaleweaver.train.tokenizer import reconstruct
+
+FOLDER = built_in_folder("toybox")
+ROOT = Path(__file__).parents[1]
+SCENES = 8
+
+
+@pytest.fixture(scope="module")
+def pipe() -> VARControlPipeline:
+    pipe = VARControlPipeline.from_pretrained("toybox", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Renders of the test split (B, H, W, 3) uint8 and what they show; no training saw them."""
+    batch = draw_batch("test", range(SCENES), size=128)
+    pictures = batch.images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    return pictures, [explicit_caption(scene) for scene in batch.scenes]
+
+
+def test_weights_are_small_and_half_precision():
+    files = sorted(FOLDER.rglob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) < 30e6
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+        assert kinds == {"BF16"}, file
+
+
+def test_it_draws_what_the_seed_says(pipe):
+    assert pipe.available_controls == ("canny",)
+    prompt = "a red cube left of a small green ball on grass at noon"
+    one, again, other = (pipe(prompt, seed=seed).images[0] for seed in (7, 7, 8))
+    assert one.size == (128, 128)
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+    low, high = np.asarray(one).min(), np.asarray(one).max()
+    assert high - low > 100  # a picture, not a grey field
+
+
+def test_colours_follow_the_prompt(pipe):
+    pictures = pipe(
+        ["a big red ball on snow at noon", "a big blue ball on snow at noon"], seed=[1, 2], output_type="np"
+    )
+    red, blue = (picture[40:90, 40:90].mean((0, 1)) for picture in pictures.images)  # (3,) each
+    assert red[0] - red[2] > 0.1 and blue[2] - blue[0] > 0.1
+
+
+def test_edges_steer_the_picture(pipe, scenes):
+    pictures, prompts = scenes
+    edges = [canny(picture) for picture in pictures]
+    seeds = list(range(SCENES))
+
+    def fidelity(**call):
+        drawn = (pipe(prompts, seed=seeds, output_type="np", **call).images * 255).round().astype(np.uint8)
+        return np.mean([canny_f1(p, np.asarray(e))["f1_1px"] for p, e in zip(drawn, edges, strict=True)])
+
+    assert fidelity(control={"canny": edges}) > 1.5 * fidelity()
+
+
+def test_the_tokenizer_keeps_pictures(pipe, scenes):
+    pictures, _ = scenes
+    drawn = reconstruct(pipe.vae, pictures, ScaleSchedule.from_dict(pipe.config["schedule"]))
+    assert np.mean([psnr(a, b) for a, b in zip(drawn, pictures, strict=True)]) > 28
+
+
+def test_the_adapter_says_how_its_maps_were_made():
+    settings = json.loads((FOLDER / "controls/canny" / CONFIG_FILE).read_text())
+    assert settings["detector"] == "opencv-canny" and settings["resolution"] == 128
+
+
+def test_the_documents_show_what_was_measured_on_these_weights(pipe):
+    report = json.loads((ROOT / "benchmarks/results/toybox.json").read_text())
+    assert set(report["parts"]) == {"tokenizer", "bits", "control", "attributes", "speed"}
+    for name, digest in report["settings"]["weights"].items():
+        network = pipe.controls[name] if name in pipe.controls else getattr(pipe, name)
+        assert fingerprint(network) == digest, name
+    tables = (ROOT / "benchmarks/results/toybox.md").read_text()
+    for document in (ROOT / "README.md", FOLDER / "README.md"):
+        assert tables in document.read_text(encoding="utf-8")
+
+
+def test_it_can_be_saved_in_any_precision(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = VARControlPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    again.set_progress_bar_config(disable=True)
+    assert again.dtype == torch.bfloat16
+    assert (tmp_path / "README.md").read_text() == (FOLDER / "README.md").read_text()
+    assert again("a red ball", seed=0).images[0].size == (128, 128)
