@@ -79,7 +79,7 @@ class ControlLoss(nn.Module):
         return loss, {f"accuracy_{i}": a.detach() for i, a in enumerate(accuracy)}
 
     def _injectors(self, maps: Tensor, seen: Tensor, context: TextContext) -> tuple[ReferenceInjector, ...]:
-        """The control of the rows in `seen` (B,); the others have none, as at strength 0, and their maps cost nothing."""
+        """The control of the rows in `seen` (B,); the others have none, as at strength 0, and cost nothing."""
         if not seen.any():
             return ()
         read = None
