@@ -88,6 +88,9 @@ def generate(
     height: Annotated[int | None, typer.Option(min=1, help="In pixels; default: the model's.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="In pixels; default: the model's.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="How closely to follow the prompt.")] = None,
+    control_guidance_scale: Annotated[
+        float | None, typer.Option(help="How closely to follow the control; 1: as it was trained.")
+    ] = None,
     guidance_layer: Annotated[
         int | None, typer.Option(help="Guide the state after this layer, not the logits; -5: the fifth from the end.")
     ] = None,
@@ -117,6 +120,7 @@ def generate(
         "height": height,
         "width": width,
         "guidance_scale": guidance_scale,
+        "control_guidance_scale": control_guidance_scale,
         "guidance_layer": guidance_layer,
         "temperature": temperature,
         "top_k": top_k,

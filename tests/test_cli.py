@@ -184,6 +184,11 @@ def test_generate_under_a_photo_makes_the_map_as_training_did(model: Path, photo
     assert not np.array_equal(pixels(ready), pixels(free))
     assert read_settings(made)["control"][0]["scale"] == 0.7
     assert np.array_equal(draw_again(made, control=edges), pixels(made))
+    strong = tmp_path / "strong.png"
+    options = ["--control", f"canny={tmp_path / 'ready.png'}", "--control-guidance-scale", 2]
+    assert call(*common, strong, *options).exit_code == 0
+    assert read_settings(strong)["control_guidance_scale"] == 2
+    assert np.array_equal(draw_again(strong, control=edges), pixels(strong))
 
 
 def test_generate_names_several_pictures_by_prompt_and_seed(model: Path, tmp_path: Path) -> None:
