@@ -8,7 +8,7 @@ PINS = $$($(BIN)/python -c "import sys; print('-c constraints.txt' * (sys.versio
 PIP = $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
 
 MODEL ?= toybox
-PROMPT ?= a red cube left of a small green ball on grass at noon
+PROMPT ?= a large red rocket on grass at noon
 CONTROL ?= canny=examples/canny.png
 SEED ?= 7
 OUT ?= out/generate.png

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", default="a red cube left of a small green ball on grass at noon")
+    parser.add_argument("--prompt", default="a large red rocket on grass at noon")
     parser.add_argument("--photo", type=Path, help="take the edges of this photo instead of the ready map")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("out/canny_control.png"))

@@ -14,11 +14,8 @@ from scaleweaver.controls import canny
 from scaleweaver.toybox.render import render
 from scaleweaver.toybox.scene import Camera, Scene, Thing
 
-SCENE = Scene(  # a red cube left of a small green ball on grass at noon
-    items=(
-        Thing("cube", "red", "medium", "matte", x=-0.75, y=0.0, z=0.0, yaw=0.5),
-        Thing("ball", "green", "small", "matte", x=0.75, y=-0.1, z=0.0, yaw=0.0),
-    ),
+SCENE = Scene(  # a large red rocket on grass at noon
+    items=(Thing("rocket", "red", "large", "matte", x=0.0, y=0.0, z=0.0, yaw=0.5),),
     ground="grass",
     sky="noon",
     sun_azimuth=0.7,

@@ -1,6 +1,7 @@
 """Puts the results of the recipes together as the built-in model: bf16 safetensors in the Hub layout.
 
-python recipes/toybox/assemble.py --model runs/toybox/canny/result --out scaleweaver/assets/toybox
+python recipes/toybox/assemble.py --model runs/toybox/canny/result --control-guidance-scale 3 --temperature 0.5 \
+    --out scaleweaver/assets/toybox
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def main() -> None:
     card = options.out / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else None
     shutil.rmtree(options.out, ignore_errors=True)
+    for part in (pipe, pipe.transformer, pipe.vae):
+        part.register_to_config(_name_or_path=options.out.name)  # not the folder of the run
     pipe.save_pretrained(options.out)
     if text is not None:
         card.write_text(text, encoding="utf-8")
