@@ -2,7 +2,7 @@
 
 python benchmarks/evaluate_toybox.py --judge runs/toybox/judge/result/judge --sheets out/sheets \
     --into README.md --into scaleweaver/assets/toybox/README.md
-python benchmarks/evaluate_toybox.py --parts speed --threads 2
+python benchmarks/evaluate_toybox.py --parts speed --threads 1 --out out/speed.json
 
 Prompts are `explicit_caption`s: they say everything that is asked of the pictures afterwards. Every number has its
 bounds beside it: the tokenizer's own reconstruction above, unrelated pairs below. Each part is written as soon as it is
@@ -186,16 +186,17 @@ def speed(run: Evaluation) -> dict[str, Any]:
         encoded = pipe.encode_control(run.edges[0], name)
         calls["prompt and edges"] = lambda i: pipe(run.prompts[i], control={name: run.edges[i]}, seed=i)
         calls["prompt and encoded edges"] = lambda i: pipe(run.prompts[i], control={name: encoded}, seed=i)
-    result: dict[str, Any] = {}
-    rounds = min(12, len(run.prompts))
-    for label, call in calls.items():
-        times = []
-        for i in [0, 0, *range(rounds)]:
+    times: dict[str, list[float]] = {label: [] for label in calls}
+    load = os.getloadavg()[0]
+    for i in [0, 0, *range(min(24, len(run.prompts)))]:
+        for label, call in calls.items():  # in turns, so that a busy moment does not meet one of them alone
             started = time.perf_counter()
             call(i)
-            times.append(time.perf_counter() - started)
-        result[label] = {"seconds": statistics.median(times[2:]), "fastest": min(times[2:])}
-    return result | {"threads": torch.get_num_threads(), "load before": os.getloadavg()[0]}
+            times[label].append(time.perf_counter() - started)
+    result: dict[str, Any] = {}
+    for label, seconds in times.items():
+        result[label] = {"seconds": statistics.median(seconds[2:]), "fastest": min(seconds[2:])}
+    return result | {"threads": torch.get_num_threads(), "load before": load}
 
 
 def sheets(run: Evaluation, folder: Path) -> None:
@@ -205,7 +206,7 @@ def sheets(run: Evaluation, folder: Path) -> None:
     if 0.0 in run._drawn:
         save_grid(folder / "prompts.png", run.drawn(0.0)[:shown], columns=8)
         lines = [f"{i // 8 + 1}.{i % 8 + 1} {prompt}" for i, prompt in enumerate(run.prompts[:shown])]
-        (folder / "prompts.txt").write_text("\n".join(lines) + "\n")
+        (folder / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if 1.0 in run._drawn:
         edges = np.stack([np.asarray(edge) for edge in run.edges[:24]])
         triples = _columns(edges, run.drawn(1.0)[:24], run.references[:24])
@@ -220,10 +221,11 @@ def _columns(*stacks: Pixels) -> Pixels:
 def table(report: dict[str, Any]) -> str:
     """The report as markdown."""
     settings, found = report["settings"], report["parts"]
-    where = (
-        f"{settings['processor']}, {report['machine']['cores']} cores, torch {report['machine']['versions']['torch']}"
-    )
-    lines = [f"{settings['count']} scenes of the {settings['split']} split; {where}; `{report['command']}`", ""]
+    cores, versions = report["machine"]["cores"], report["machine"]["versions"]
+    where = f"{settings['processor']}, {cores} cores, torch {versions['torch']}"
+    commands = dict.fromkeys(report["commands"][name] for name in found)
+    lines = [f"{settings['count']} scenes of the {settings['split']} split; {where}", ""]
+    lines += ["```bash", *commands, "```", ""]
     if "tokenizer" in found:
         lines += ["| tokenizer | PSNR (dB) | canny F1 | F1, 1 px | F1, 2 px |", "|---|---|---|---|---|"]
         values = found["tokenizer"]
@@ -243,9 +245,9 @@ def table(report: dict[str, Any]) -> str:
         lines += ["| found by the judge | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
         lines += [f"| {name} | " + _row(v.get(n) for n in names) for name, v in named.items()] + [""]
     if "speed" in found:
-        lines += [f"| one picture, {found['speed']['threads']} threads | seconds |", "|---|---|"]
+        lines += [f"| one picture, {found['speed']['threads']} threads | median, s | fastest, s |", "|---|---|---|"]
         named = {name: values for name, values in found["speed"].items() if isinstance(values, dict)}
-        lines += [f"| {name} | {values['seconds']:.2f} |" for name, values in named.items()] + [""]
+        lines += [f"| {name} | {v['seconds']:.2f} | {v['fastest']:.2f} |" for name, v in named.items()] + [""]
     return "\n".join(lines)
 
 
@@ -253,13 +255,29 @@ def _row(values: Any) -> str:
     return " | ".join("-" if value is None else f"{value:.3f}" for value in values) + " |"
 
 
-def insert(document: Path, text: str) -> None:
-    """Puts the tables between the marks of a document, in place of those that stand there."""
+def split_at_marks(document: Path) -> tuple[str, str]:
+    """What stands before and after the tables of a document."""
     head, start, rest = document.read_text(encoding="utf-8").partition(START)
     _, end, tail = rest.partition(END)
     if not start or not end:
         raise ValueError(f"{document} has no place for the tables; write {START.strip()} and {END} there")
-    document.write_text(f"{head}{start}{text}\n{end}{tail}", encoding="utf-8")
+    return head + start, end + tail
+
+
+def kept_parts(run: Evaluation, settings: dict[str, Any]) -> dict[str, Any]:
+    """The parts of an earlier report that still hold; a report of other weights is not replaced unasked."""
+    options = run.options
+    if not options.out.is_file():
+        return {}
+    before = json.loads(options.out.read_text(encoding="utf-8"))
+    if before["settings"] != settings:
+        if options.again:
+            return {}
+        raise ValueError(f"{options.out} holds numbers of other weights or settings; pass another --out, or --again")
+    parts = dict(before["parts"])
+    if options.judge and parts.get("attributes", {}).get("judge") != fingerprint(run.judge):
+        parts.pop("attributes", None)
+    return {name: (value, before["commands"][name]) for name, value in parts.items()}
 
 
 def processor() -> str:
@@ -299,6 +317,11 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unknown parts {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
     if "attributes" in options.parts and options.judge is None:
         parser.error("the part attributes needs --judge; train one with `scaleweaver train recipes/toybox/judge.yaml`")
+    for document in options.into:
+        try:
+            split_at_marks(document)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     return options
 
 
@@ -307,13 +330,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     run = Evaluation(options)
-    report: dict[str, Any] = {"settings": run.settings(), "parts": {}}
-    if options.out.is_file() and (before := json.loads(options.out.read_text()))["settings"] == report["settings"]:
-        report["parts"] = before["parts"]
-        if options.judge and report["parts"].get("attributes", {}).get("judge") != fingerprint(run.judge):
-            report["parts"].pop("attributes", None)
+    settings = run.settings()
+    kept = kept_parts(run, settings)
+    report: dict[str, Any] = {"settings": settings, "machine": machine()}
+    report["parts"] = {name: part for name, (part, _) in kept.items()}
+    report["commands"] = {name: command for name, (_, command) in kept.items()}
     given = sys.argv[1:] if arguments is None else arguments
-    report |= {"machine": machine(), "command": shlex.join(["python", "benchmarks/evaluate_toybox.py", *given])}
+    command = shlex.join(["python", "benchmarks/evaluate_toybox.py", *given])
     measure: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
         "tokenizer": tokenizer, "bits": bits, "control": control, "attributes": judged, "speed": speed,
     }  # fmt: skip
@@ -322,15 +345,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name in report["parts"] and not options.again:
             continue
         started = time.perf_counter()
-        report["parts"][name] = measure[name](run)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        report["parts"][name], report["commands"][name] = measure[name](run), command
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     if options.sheets:
         sheets(run, options.sheets)
     text = table(report)
-    options.out.with_suffix(".md").write_text(text)
+    options.out.with_suffix(".md").write_text(text, encoding="utf-8")
     for document in options.into:
-        insert(document, text)
+        head, tail = split_at_marks(document)
+        document.write_text(f"{head}{text}\n{tail}", encoding="utf-8")
     print(text)
 
 

@@ -1,7 +1,6 @@
 """The first scenes of the built-in world's test split: their edges, what the model draws from them, the renders.
 
-python examples/edges_sheet.py                     # docs/images/edges.png
-python examples/edges_sheet.py --count 24 --out out/edges.png
+python examples/edges_sheet.py --count 24
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("docs/images/edges.png"))
+    parser.add_argument("--out", type=Path, default=Path("out/edges_sheet.png"))
     options = parser.parse_args()
 
     batch = draw_batch("test", range(options.count), size=128)

@@ -5,6 +5,7 @@ python examples/make_canny.py
 
 from __future__ import annotations
 
+import argparse
 from math import atan
 from pathlib import Path
 
@@ -25,10 +26,14 @@ SCENE = Scene(  # a large red rocket on grass at noon
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for photo.png and canny.png")
+    folder = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
     pixels = render([SCENE], size=128).image[0].mul(255).round().byte()  # (3, 128, 128)
     photo = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     for name, picture in (("photo.png", photo), ("canny.png", canny(photo))):
-        out = Path(__file__).with_name(name)
+        out = folder / name
         picture.save(out)
         print(out)
 

@@ -221,11 +221,11 @@ tags: [scaleweaver, controlnet, text-to-image, {json.dumps(config.kind)}]
 
 For {backbone["class"]} of depth {backbone["depth"]} and width {backbone["width"]}: injected into blocks {blocks[0]} to
 {blocks[-1]}, with a LoRA of rank {config.lora_rank} on the condition stream. A reimplementation of the mechanism of
-ScaleWeaver (arXiv 2510.14882).
+ScaleWeaver (arXiv 2510.14882). It fits the weights that it was trained with and no others.
 
 ```python
 pipe.load_control("this folder or repository", name={json.dumps(config.kind)})
 ```
 
-Control maps for training: {"; ".join(maps)}.
+Control maps to give: {"; ".join(maps)}.
 """

@@ -89,7 +89,7 @@ def generate(
     width: Annotated[int | None, typer.Option(min=1, help="In pixels; default: the model's.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="How closely to follow the prompt.")] = None,
     control_guidance_scale: Annotated[
-        float | None, typer.Option(help="How closely to follow the control; 1: as it was trained.")
+        float | None, typer.Option(help="How closely to follow the control; 1: off, default: the model's.")
     ] = None,
     guidance_layer: Annotated[
         int | None, typer.Option(help="Guide the state after this layer, not the logits; -5: the fifth from the end.")

@@ -17,6 +17,8 @@ from scaleweaver.methods.scaleweaver import ControlAdapter, encode
 from scaleweaver.reference import ReferenceBank, ReferenceInjector, strengths
 from scaleweaver.schedule import ScaleSchedule
 
+TWO_LEVEL = ("opencv-canny",)  # detectors whose maps hold black and white alone
+
 logger = logging.getLogger(__name__)
 
 
@@ -81,7 +83,20 @@ def _read(control: Control, adapters: Mapping[str, ControlAdapter]) -> Control:
     images = control.image if isinstance(control.image, list | tuple) else [control.image]
     if not images:
         raise ValueError(f"{name} got an empty list; pass one image, or one per prompt")
-    return replace(control, image=[read_image(image, f"{name} image") for image in images], mask=mask)
+    pictures = [read_image(image, f"{name} image") for image in images]
+    if adapters[control.kind].config.detector in TWO_LEVEL and any(map(_has_tones, pictures)):
+        logger.warning(
+            "%s got a picture with many tones where it expects lines on black: if it is a photo, take its edges first, "
+            "with scaleweaver.controls or --preprocess",
+            name,
+        )
+    return replace(control, image=pictures, mask=mask)
+
+
+def _has_tones(picture: Image.Image) -> bool:
+    """Whether most of a picture is neither black nor white, unlike any edge map, resized or not."""
+    counts = picture.convert("L").histogram()
+    return sum(counts[32:224]) > sum(counts) / 2
 
 
 def first_size(controls: Sequence[Control]) -> tuple[int, int] | None:

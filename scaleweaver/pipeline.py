@@ -159,9 +159,9 @@ class VARControlPipeline(DiffusionPipeline):
 
         control: {"canny": image}, a Control or a list of them; an image may be an EncodedControl, or a list with one
         per prompt. guidance_scale, temperature: one number or one per scale. control_guidance_scale: weigh controls
-        apart from the text. guidance_layer: guide the state after this layer, not the logits; -5 is the fifth from the
-        end. seed: image i gets seed + i, or a list. cache, router, sampler, search: see contracts.py. forced: codes
-        (B, n, N) of leading scales. stop_after: number of scales to draw.
+        apart from the text, 1 for not. guidance_layer: guide the state after this layer, not the logits; -5 is the
+        fifth from the end. seed: image i gets seed + i, or a list. cache, router, sampler, search: see contracts.py.
+        forced: codes (B, n, N) of leading scales. stop_after: number of scales to draw.
         callback_on_step_end(pipe, index, step, {"latent", "preview"}): after every scale; preview() decodes pictures.
         """
         # the plan: a mistake of the caller shows before any network runs

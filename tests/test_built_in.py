@@ -80,6 +80,17 @@ def test_edges_steer_the_picture(pipe, scenes):
     assert fidelity(control={"canny": edges}) > 1.5 * fidelity()
 
 
+def test_a_photo_in_place_of_its_edges_is_noticed(pipe, scenes, caplog):
+    photo = scenes[0][0]
+    pipe("a red ball", control={"canny": photo}, seed=0, stop_after=1)
+    assert "is a photo, take its edges first" in caplog.text
+    caplog.clear()
+    small = canny(photo).resize((96, 96))  # in between: smoothed lines
+    for edges in (canny(photo), small):
+        pipe("a red ball", control={"canny": edges}, seed=0, stop_after=1)
+    assert "take its edges first" not in caplog.text
+
+
 def test_the_tokenizer_keeps_pictures(pipe, scenes):
     pictures, _ = scenes
     drawn = reconstruct(pipe.vae, pictures, ScaleSchedule.from_dict(pipe.config["schedule"]))

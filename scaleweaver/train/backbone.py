@@ -71,7 +71,7 @@ def encode_text(
 
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Optimiser groups without weight decay on vectors, tables and gates, as in the paper's recipe."""
+    """Optimiser groups without weight decay on vectors, tables and gates, as in Infinity's recipe."""
     tables = ("null_text", "first_position", "level_embed", "modulation", "log_scale", "query")
     plain: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []

@@ -1,10 +1,10 @@
-"""Recipe "control": a ScaleWeaver adapter on a frozen backbone, from pictures and the control maps made of them.
+"""Recipe "control": a ScaleWeaver adapter from pictures and the control maps made of them.
 
 ScaleWeaver (arXiv 2510.14882): teacher forcing, only the condition stream's LoRA, the zero-initialised projections and
 the type embedding learn. Inferred: text and control are dropped independently of each other for one sample in ten,
 thresholds vary, and the projections have a learning rate of their own.
-Differs from the paper where `backbone_lr_scale` is set: the backbone and the text encoder then learn along, on samples
-with and without the control. That is for backbones too small to hold features that a frozen one could be steered by.
+The backbone is frozen, as in the paper, unless `backbone_lr_scale` is set: backbone and text encoder then learn along,
+on samples with and without the control. The built-in model needs that, see docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -118,6 +118,12 @@ class ControlRecipe:
 
     def __init__(self, config: TrainConfig):
         options = config.options.among(self.option_names)
+        self.backbone_lr_scale: float = options.get("backbone_lr_scale", 0.0)
+        whole = self.backbone_lr_scale > 0
+        if self.backbone_lr_scale < 0:
+            raise ValueError(f"backbone_lr_scale={self.backbone_lr_scale}: expected 0 (frozen) or more")
+        if whole and options.get("text_cache"):
+            raise ValueError("text_cache keeps features that a trained text encoder outgrows; set it to false")
         torch.manual_seed(config.seed)
         self.config, self.seed = config, config.seed
         self.kind: str = options["kind"]
@@ -139,19 +145,14 @@ class ControlRecipe:
         settings = ScaleWeaverConfig.from_dict({"kind": self.kind, **options.get("adapter", {})})
         self.adapter = add_control(self.pipe.transformer, settings, self.name)
         self.pipe.controls[self.name] = self.adapter
-        self.backbone_lr_scale: float = options.get("backbone_lr_scale", 0.0)
-        if self.backbone_lr_scale < 0:
-            raise ValueError(f"backbone_lr_scale={self.backbone_lr_scale}: expected 0 (frozen) or more")
-        if self.backbone_lr_scale:
+        if whole:
             self.pipe.transformer.requires_grad_(True)
             self.pipe.text_encoder.requires_grad_(True)
+            self.pipe._card = None  # it describes the weights that this run starts from
         latents = Path(options.get("latents", Path(config.out) / "latents"))
         self.latents = latent_reader(latents / "train", self.pipe.vae, self.renders)
         self.held_out_latents = latent_reader(latents / "val", self.pipe.vae, self.held_out)
         self.text: CachedText | None = None
-        whole = self.backbone_lr_scale > 0
-        if whole and options.get("text_cache"):
-            raise ValueError("text_cache keeps features that a trained text encoder outgrows; set it to false")
         if options.get("text_cache", not self.renders.online and not whole):
             limit = self.pipe.transformer.config["text_length"]
             encoder, tokenizer = self.pipe.text_encoder, self.pipe.tokenizer

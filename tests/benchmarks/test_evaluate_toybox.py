@@ -65,7 +65,11 @@ def test_all_parts_are_measured_written_and_kept(script, folder, capsys):
     script.main(arguments(folder, "--parts", "speed"))
     kept = json.loads((folder / "results/toybox.json").read_text())
     assert kept["parts"] == later["parts"]
-    script.main(arguments(folder, "--parts", "tokenizer", "--seed", "5"))  # other settings: nothing is carried over
+    assert kept["commands"]["bits"] == report["commands"]["bits"] != kept["commands"]["speed"]
+    other = arguments(folder, "--parts", "tokenizer", "--seed", "5")
+    with pytest.raises(ValueError, match="numbers of other weights or settings"):
+        script.main(other)
+    script.main([*other, "--again"])  # nothing is carried over
     assert list(json.loads((folder / "results/toybox.json").read_text())["parts"]) == ["tokenizer"]
 
 
@@ -79,7 +83,7 @@ def test_pictures_do_not_depend_on_the_batch(script, folder):
 
 
 @pytest.mark.filterwarnings("ignore:the prompt has")
-def test_tables_go_into_documents(script, folder, tmp_path):
+def test_tables_go_into_documents(script, folder, tmp_path, capsys):
     document = tmp_path / "README.md"
     document.write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
     more = ["--parts", "tokenizer", "--into", str(document), "--out", str(tmp_path / "report.json")]
@@ -88,8 +92,9 @@ def test_tables_go_into_documents(script, folder, tmp_path):
         table = (tmp_path / "report.md").read_text()
         assert document.read_text() == f"before\n<!-- measured -->\n{table}\n<!-- /measured -->\nafter\n"
     document.write_text("no place")
-    with pytest.raises(ValueError, match="no place for the tables"):
+    with pytest.raises(SystemExit):
         script.main(arguments(folder, *more))
+    assert "no place for the tables" in capsys.readouterr().err and document.read_text() == "no place"
 
 
 def test_bad_arguments(script, folder, capsys):

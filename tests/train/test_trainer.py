@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -357,7 +358,10 @@ def test_control_recipe_trains_the_backbone_along(results, tmp_path):
     values |= {"data": str(results / "train"), "val_data": str(results / "val"), "control_dropout": 0.5}
     values |= {"out": str(tmp_path / "run"), "latents": str(results / "backbone/latents"), "backbone_lr_scale": 1.0}
     values |= {"adapter": {"lora_rank": 2}}
-    run(written(tmp_path, values))
+    shutil.copytree(results / "backbone/result", tmp_path / "start")
+    (tmp_path / "start/README.md").write_text("numbers of other weights")
+    run(written(tmp_path, values | {"model": str(tmp_path / "start")}))
+    assert "numbers of other weights" not in (tmp_path / "run/result/README.md").read_text()
     start = VARControlPipeline.from_pretrained(results / "backbone/result")
     pipe = VARControlPipeline.from_pretrained(tmp_path / "run/result")
     assert pipe.available_controls == ("canny",)
