@@ -32,6 +32,7 @@ import transformers
 from scaleweaver import VARControlPipeline, __version__
 from scaleweaver.cache import KVCache
 from scaleweaver.controls import canny
+from scaleweaver.doctor import processor
 from scaleweaver.evaluate.attributes import AttributeJudge, Judgement, score
 from scaleweaver.evaluate.control import canny_f1
 from scaleweaver.evaluate.prompts import explicit_caption
@@ -62,7 +63,7 @@ class Evaluation:
         self.schedule = ScaleSchedule.from_dict(self.pipe.config["schedule"])
         batch = draw_batch(options.split, range(options.count), size=self.schedule.height)
         self.scenes, self.captions = batch.scenes, batch.texts
-        self.references: Pixels = batch.images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+        self.references: Pixels = batch.pixels  # (B, H, W, 3)
         self.edges = [canny(picture) for picture in self.references]
         self.prompts = [explicit_caption(scene) for scene in self.scenes]
         self.asked = [attributes(scene) for scene in self.scenes]
@@ -278,13 +279,6 @@ def kept_parts(run: Evaluation, settings: dict[str, Any]) -> dict[str, Any]:
     if options.judge and parts.get("attributes", {}).get("judge") != fingerprint(run.judge):
         parts.pop("attributes", None)
     return {name: (value, before["commands"][name]) for name, value in parts.items()}
-
-
-def processor() -> str:
-    """The processor's own name where the system tells it."""
-    names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in names if line.startswith("model name")), "")
-    return model or platform.processor()
 
 
 def machine() -> dict[str, Any]:

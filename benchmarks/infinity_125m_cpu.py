@@ -27,6 +27,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from scaleweaver.backbones.infinity import InfinityTransformer
+from scaleweaver.doctor import processor
 from scaleweaver.pipeline import VARControlPipeline
 from scaleweaver.tokenizers.bsq import BSQTokenizer
 
@@ -73,12 +74,6 @@ def peak_mib() -> float:
     """Largest resident set of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:

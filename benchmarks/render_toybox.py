@@ -16,17 +16,12 @@ from pathlib import Path
 
 import torch
 
+from scaleweaver.doctor import processor
 from scaleweaver.toybox.dataset import ToyboxBatches
 
 SIZE, SUPERSAMPLE, BATCH = 128, 2, 16
 PACKAGES = ("scaleweaver", "torch", "numpy")
 RESULT = Path(__file__).parent / "results" / "render_toybox.json"
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def batches(start: int, count: int) -> ToyboxBatches:

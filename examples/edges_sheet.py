@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
 
     batch = draw_batch("test", range(options.count), size=128)
-    renders = [Image.fromarray(p) for p in batch.images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()]
+    renders = [Image.fromarray(p) for p in batch.pixels]
     edges = [canny(render) for render in renders]
     prompts = [explicit_caption(scene) for scene in batch.scenes]
     seeds = [options.seed + i for i in range(options.count)]

@@ -7,6 +7,7 @@ import platform
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
@@ -56,7 +57,7 @@ def _devices() -> list[Finding]:
         device = "cpu"
         findings.append(Finding("system", "device", f"cpu, {torch.backends.cpu.get_cpu_capability()}"))
     try:
-        from scaleweaver.pipeline import auto_dtype
+        from scaleweaver.precision import auto_dtype
     except ImportError as error:
         return [
             *findings,
@@ -128,3 +129,11 @@ def _built_in_model() -> list[Finding]:
     size = sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
     controls = sorted(folder.name for folder in (model / "controls").glob("*") if folder.is_dir())
     return [Finding("models", "toybox", f"{size / 1e6:.1f} MB, controls: {', '.join(controls) or 'none'}")]
+
+
+def processor() -> str:
+    """The processor's own name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

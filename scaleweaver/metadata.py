@@ -102,3 +102,33 @@ def _file_metadata(text: str, format: str) -> dict[str, Any]:
         exif[_IMAGE_DESCRIPTION] = f"{KEY}:{text}"
         return {"exif": exif.tobytes()}
     return {}
+
+
+def python_of(settings: dict[str, Any]) -> str:
+    """The Python call that these settings stand for; a picture keeps no control images, so it names files to put."""
+    controls = settings.get("control", [])
+    names = "Control, VARControlPipeline" if controls else "VARControlPipeline"
+    lines = [
+        f"from scaleweaver import {names}",
+        "",
+        f"pipe = VARControlPipeline.from_pretrained({settings.get('model', 'toybox')!r})",
+    ]
+    # parts that were given as objects are known by their names only
+    parts = ("cache", "router", "sampler", "search")
+    lines += [f"# drawn with {name}={settings[name]}" for name in parts if name in settings]
+    lines += [f"# drawn with {settings['forced']} scales of given codes (forced)"] if "forced" in settings else []
+    if "prompt" in settings:
+        lines += ["out = pipe(", f"    {settings['prompt']!r},"]
+    else:
+        lines += ["# drawn from prompt_embeds, which no picture keeps: put them here", "out = pipe("]
+    for name, value in settings.items():
+        if name not in ("model", "prompt", "control", "forced", *parts):
+            lines.append(f"    {name}={value!r},")
+    if controls:
+        lines.append("    control=[")
+        for control in controls:
+            words = [f"{name}={control[name]!r}" for name in ("scale", "start", "end", "resize") if name in control]
+            words += ['mask="mask.png"'] if control.get("masked") else []
+            lines.append(f"        Control({control['kind']!r}, {control['kind'] + '.png'!r}, {', '.join(words)}),")
+        lines.append("    ],")
+    return "\n".join([*lines, ")"])

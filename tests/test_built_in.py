@@ -37,8 +37,7 @@ def pipe() -> VARControlPipeline:
 def scenes():
     """Renders of the test split (B, H, W, 3) uint8 and what they show; no training saw them."""
     batch = draw_batch("test", range(SCENES), size=128)
-    pictures = batch.images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
-    return pictures, [explicit_caption(scene) for scene in batch.scenes]
+    return batch.pixels, [explicit_caption(scene) for scene in batch.scenes]
 
 
 def test_weights_are_small_and_half_precision():

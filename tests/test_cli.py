@@ -14,11 +14,12 @@ from PIL import Image
 from tiny_pipeline import add_tiny_control, tiny_pipeline
 from typer.testing import CliRunner
 
-from scaleweaver.cli import app, python_of
+from scaleweaver.cli import app
 from scaleweaver.controls import Canny, canny
 from scaleweaver.images import fit
-from scaleweaver.metadata import read_settings, write_settings
-from scaleweaver.pipeline import VARControlPipeline, auto_dtype
+from scaleweaver.metadata import python_of, read_settings, write_settings
+from scaleweaver.pipeline import VARControlPipeline
+from scaleweaver.precision import auto_dtype
 
 SETTINGS = {
     "model": "toybox",

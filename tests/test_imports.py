@@ -17,6 +17,7 @@ ORDER = [
         "scaleweaver.schedule",
         "scaleweaver.images",
         "scaleweaver.metadata",
+        "scaleweaver.precision",
         "scaleweaver.controls",
     ],
     ["scaleweaver.contracts"],

@@ -16,7 +16,8 @@ from torch import Tensor
 from scaleweaver.contracts import Control, Route, SamplerState
 from scaleweaver.loop import SingleModel
 from scaleweaver.metadata import read_settings
-from scaleweaver.pipeline import VARControlPipeline, auto_dtype, read_dtype
+from scaleweaver.pipeline import VARControlPipeline
+from scaleweaver.precision import auto_dtype, read_dtype
 from scaleweaver.sampling import BitwiseSampler
 from scaleweaver.schedule import ScaleSchedule, ScaleStep
 

@@ -23,7 +23,8 @@ from scaleweaver.backbones.infinity import PRESETS, InfinityTransformer
 from scaleweaver.convert.fill import Sizes, fill, read_sizes
 from scaleweaver.convert.keymap import bsq_key, infinity_weights, rename
 from scaleweaver.convert.read import read_weights
-from scaleweaver.pipeline import VARControlPipeline, read_dtype
+from scaleweaver.pipeline import VARControlPipeline
+from scaleweaver.precision import read_dtype
 from scaleweaver.schedule import BUDGETS
 from scaleweaver.tokenizers.bsq import PRESETS as TOKENIZERS
 from scaleweaver.tokenizers.bsq import BSQTokenizer

@@ -46,6 +46,11 @@ class ToyboxBatch:
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def pixels(self) -> np.ndarray:
+        """The pictures as (B, H, W, 3) uint8."""
+        return self.images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+
     def __getitem__(self, i: int) -> ToyboxSample:
         scene, text, keypoints = self.scenes[i], self.texts[i], self.keypoints[i]
         return ToyboxSample(self.indices[i], scene, text, self.images[i], self.depth[i], self.ids[i], keypoints)

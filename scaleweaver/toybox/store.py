@@ -120,7 +120,7 @@ def stored_arrays(batch: ToyboxBatch) -> dict[str, np.ndarray]:
     """Pictures and all maps of a batch in the form that a store keeps: (B, ...) each, see `RenderStore`."""
     points = [people[0] if len(people) else np.zeros((18, 3)) for people in batch.keypoints]
     return {
-        "images": batch.images.mul(255).round().byte().permute(0, 2, 3, 1).numpy(),  # (B, H, W, 3)
+        "images": batch.pixels,  # (B, H, W, 3)
         "depth": np.stack([depth_map(depth) for depth in batch.depth.numpy()]),
         "ids": batch.ids.numpy().astype(np.uint8),
         "keypoints": np.stack(points).astype(np.float32),
