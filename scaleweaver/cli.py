@@ -10,16 +10,16 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from scaleweaver.commands import one_line_errors
 
 if TYPE_CHECKING:
     from PIL import Image
 
-P = ParamSpec("P")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 app = typer.Typer(
@@ -32,23 +32,6 @@ app = typer.Typer(
 )
 convert = typer.Typer(help="Turn a foreign checkpoint into a folder that from_pretrained reads.", no_args_is_help=True)
 app.add_typer(convert, name="convert")
-
-
-def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """What the library refuses becomes one red line and exit code 1; anything else is a bug and keeps its traceback."""
-
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, OSError, FloatingPointError) as error:
-            from rich.console import Console
-
-            line = " ".join(str(error).split()) or type(error).__name__
-            Console(stderr=True, soft_wrap=True).print(f"error: {line}", style="red", markup=False, highlight=False)
-            raise typer.Exit(1) from None
-
-    return run
 
 
 def _show_version(wanted: bool) -> None:
@@ -69,7 +52,7 @@ def _program(
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; quote each prompt.")],
     model: Annotated[str, typer.Option("--model", "-m", help="toybox, a Hub id or a folder.")] = "toybox",
@@ -243,7 +226,7 @@ def _strip(images: Sequence[Image.Image]) -> Image.Image:
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def preprocess(
     kind: Annotated[str, typer.Argument(help="Kind of map: canny.")],
     image: Annotated[Path, typer.Argument(help="The photo.")],
@@ -260,7 +243,7 @@ def preprocess(
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def inspect(
     image: Annotated[Path, typer.Argument(help="A picture that scaleweaver has drawn.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -284,7 +267,7 @@ def inspect(
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def render(
     world: Annotated[str, typer.Argument(help="The world to render: toybox.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")],
@@ -314,7 +297,7 @@ def render(
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/toybox/canny.yaml.")],
     overrides: Annotated[
@@ -337,7 +320,7 @@ def train(
 
 
 @convert.command("infinity")
-@_one_line_errors
+@one_line_errors
 def convert_infinity(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     transformer: Annotated[Path, typer.Option(help="Transformer checkpoint, for example infinity_2b_reg.pth.")],

@@ -34,6 +34,7 @@ ORDER = [
     ["scaleweaver.convert", "scaleweaver.evaluate"],
     ["scaleweaver.train"],
     ["scaleweaver.doctor"],
+    ["scaleweaver.commands"],
     ["scaleweaver.cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
