@@ -6,37 +6,37 @@ OpenCV on the RGB picture itself: it follows the strongest of the three gradient
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
-import numpy as np
 from PIL import Image
 
-from scaleweaver.images import read_image
+from scaleweaver.controls.base import Levels, Pixels, Preprocessor, is_number
 
 
 @dataclass(frozen=True)
-class Canny:
+class Canny(Preprocessor):
     """Thresholds of the gradient (L1 norm of the 3x3 Sobel pair): edges start above `high` and go on above `low`."""
+
+    kind: ClassVar[str] = "canny"
+    levels: ClassVar[Levels] = "two-level"
 
     low: float = 100
     high: float = 200
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("low", "high"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            if not is_number(value) or value < 0:
                 raise ValueError(f"canny threshold {name}={value!r}; pass a number of at least 0, usually 50 to 300")
         if self.low > self.high:
             raise ValueError(f"canny threshold low={self.low} is above high={self.high}; swap them")
 
-    def __call__(self, image: Any) -> Image.Image:
-        """A picture of any kind -> RGB edge map of the same size with values 0 and 255 alone."""
-        picture = np.asarray(read_image(image))  # (H, W, 3)
-        edges = cv2.Canny(picture, self.low, self.high)  # (H, W)
-        return Image.fromarray(edges).convert("RGB")
+    def detect(self, picture: Pixels) -> Pixels:
+        """(H, W, 3) -> (H, W) with values 0 and 255 alone."""
+        return cv2.Canny(picture, self.low, self.high)
 
 
 def canny(image: Any, low: float = 100, high: float = 200) -> Image.Image:

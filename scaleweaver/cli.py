@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from scaleweaver.commands import one_line_errors
+from scaleweaver.commands.evaluate import evaluate
+from scaleweaver.commands.loading import load_pipeline
+from scaleweaver.commands.preprocess import preprocess
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,6 +35,7 @@ app = typer.Typer(
 )
 convert = typer.Typer(help="Turn a foreign checkpoint into a folder that from_pretrained reads.", no_args_is_help=True)
 app.add_typer(convert, name="convert")
+app.add_typer(evaluate, name="evaluate")
 
 
 def _show_version(wanted: bool) -> None:
@@ -62,7 +66,14 @@ def generate(
     control_scale: Annotated[
         list[float] | None, typer.Option(help="Strength: once for all controls, or once for each.")
     ] = None,
-    preprocess: Annotated[
+    control_start: Annotated[
+        list[float] | None, typer.Option(help="Where it sets in, as a fraction of the scales; repeatable like that.")
+    ] = None,
+    control_end: Annotated[list[float] | None, typer.Option(help="Where it ends; 0.5: half-way.")] = None,
+    control_scales: Annotated[
+        list[str] | None, typer.Option(metavar="A:B", help="Scales where it acts, as in Python: 2:5, 2:, or 0,3.")
+    ] = None,
+    photos: Annotated[
         bool, typer.Option("--preprocess", help="The control images are photos: make the maps from them.")
     ] = False,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
@@ -88,9 +99,13 @@ def generate(
     dtype: Annotated[Dtype, typer.Option(help="Number format of the networks.")] = "auto",
 ) -> None:
     """Draw pictures from prompts, with or without control images."""
-    files = _control_files(control or [], control_scale or [])
+    from scaleweaver.commands.control_options import read_controls
+
+    controls = read_controls(
+        control or [], control_scale or [], control_start or [], control_end or [], control_scales or []
+    )
     started = time.perf_counter()
-    pipe = _load(model, device, dtype)
+    pipe = load_pipeline(model, device, dtype)
     loaded = time.perf_counter()
 
     strips: list[list[Image.Image]] = []
@@ -109,13 +124,17 @@ def generate(
         "top_k": top_k,
         "top_p": top_p,
     }
-    from scaleweaver.contracts import Control
+    if photos:
+        from scaleweaver.control_maps import map_of_photo
 
-    side = min(height, width) if height and width else None
-    controls = [
-        Control(kind, _map_of_photo(pipe, kind, path, side) if preprocess else path, scale=strength)
-        for kind, path, strength in files
-    ]
+        side = min(height, width) if height and width else None
+        controls = [
+            # of a control that is not loaded the pipeline's own message names what there is
+            replace(one, image=map_of_photo(one.image, pipe.controls[one.kind].config, side))
+            if one.kind in pipe.controls
+            else one
+            for one in controls
+        ]
     result = pipe(
         prompts if len(prompts) > 1 else prompts[0],
         control=controls or None,
@@ -140,70 +159,6 @@ def generate(
     typer.echo(f"{len(paths)} {pictures} in {drawn - loaded:.1f} s, after {loaded - started:.1f} s of loading")
 
 
-def _control_files(named: Sequence[str], scales: Sequence[float]) -> list[tuple[str, str, float]]:
-    """(kind, path, strength) of every `--control`, checked before any network is loaded."""
-    if len(scales) not in (0, 1, len(named)) or (scales and not named):
-        raise ValueError(
-            f"{len(scales)} times --control-scale for {len(named)} times --control; pass one for all or one for each"
-        )
-    strengths = list(scales) * len(named) if len(scales) == 1 else list(scales) or [1.0] * len(named)
-    files = []
-    for entry, strength in zip(named, strengths, strict=True):
-        kind, _, path = entry.partition("=")
-        if not kind or not path:
-            raise ValueError(f"--control {entry!r} is not KIND=PATH; write for example --control canny=edges.png")
-        if not Path(path).is_file():
-            raise ValueError(f"--control {entry!r}: there is no file {path!r}; check the path")
-        files.append((kind, path, strength))
-    return files
-
-
-def _map_of_photo(pipe: Any, name: str, path: str, side: int | None) -> Any:
-    """The map of a photo, made as this control's training maps were: same detector, thresholds and size."""
-    if name not in pipe.controls:
-        return path  # the pipeline's own message names what is loaded
-    from PIL import Image
-
-    from scaleweaver.images import read_image
-
-    config = pipe.controls[name].config
-    detect = _detector(config.kind, **dict(zip(("low", "high"), config.thresholds, strict=False)))
-    photo = read_image(path, f"control {name!r}")
-    side = side or config.resolution
-    if side:  # the short side; the pipeline crops the rest
-        factor = side / min(photo.size)
-        photo = photo.resize((round(photo.width * factor), round(photo.height * factor)), Image.Resampling.LANCZOS)
-    return detect(photo)
-
-
-def _detector(kind: str, **settings: float) -> Callable[[Any], Image.Image]:
-    """The preprocessor that makes maps of this kind."""
-    from scaleweaver.controls import Canny
-
-    detectors: dict[str, Callable[..., Callable[[Any], Image.Image]]] = {"canny": Canny}
-    if kind not in detectors:
-        raise ValueError(f"no preprocessor makes {kind!r} maps; there is {', '.join(detectors)}; or pass a ready map")
-    return detectors[kind](**settings)
-
-
-def _load(model: str, device: str, dtype: str) -> Any:
-    import diffusers
-    import torch
-    import transformers
-
-    from scaleweaver.pipeline import VARControlPipeline
-    from scaleweaver.precision import read_dtype
-
-    # their bars count files, ours counts scales
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    pipe = VARControlPipeline.from_pretrained(model, dtype=read_dtype(dtype, device)).to(device)
-    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
-    return pipe
-
-
 def _output_files(out: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
     """One path per image: `out` itself, numbered when there are several, or prompt and seed in the folder `out`."""
     if out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
@@ -225,21 +180,7 @@ def _strip(images: Sequence[Image.Image]) -> Image.Image:
     return strip
 
 
-@app.command()
-@one_line_errors
-def preprocess(
-    kind: Annotated[str, typer.Argument(help="Kind of map: canny.")],
-    image: Annotated[Path, typer.Argument(help="The photo.")],
-    out: Annotated[Path, typer.Argument(help="Where the map goes.")],
-    low: Annotated[float, typer.Option(min=0, help="Lower threshold of canny.")] = 100,
-    high: Annotated[float, typer.Option(min=0, help="Upper threshold of canny.")] = 200,
-) -> None:
-    """Make a control map from a photo."""
-    detect = _detector(kind, low=low, high=high)
-    edges = detect(str(image))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    edges.save(out)
-    typer.echo(str(out))
+app.command()(preprocess)
 
 
 @app.command()

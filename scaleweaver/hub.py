@@ -6,21 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi
 
 from scaleweaver.adapters import CONFIG_FILE, control_kind
+from scaleweaver.download import download
 
 BUILT_IN = ("toybox",)
-# weights as safetensors only: a repository's pickles stay where they are
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md")
 
 
 def built_in_folder(name: str) -> Path:
@@ -52,7 +43,15 @@ def locate(
             )
         return folder
     if not os.path.isdir(name):
-        folder = _download(name, revision, token, cache_dir, local_files_only, force_download)
+        folder = download(
+            name,
+            built_in=BUILT_IN,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
     else:
         folder = Path(name)
     if marker and not (folder / marker).is_file():
@@ -83,44 +82,6 @@ def locate_control(
     if not below:
         raise ValueError(f"{os.fspath(source)!r} holds no {CONFIG_FILE}; pass the folder or repository of a control")
     raise ValueError(f"{os.fspath(source)!r} holds the controls {', '.join(below)}; pass one of them as name=")
-
-
-def _download(
-    name: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-    force_download: bool,
-) -> Path:
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                token=token,
-                cache_dir=None if cache_dir is None else Path(cache_dir),
-                local_files_only=local_files_only,
-                force_download=force_download,
-                allow_patterns=list(_FILES),
-            )
-        )
-    except HFValidationError:
-        raise ValueError(f"{name!r} is no folder, and no Hub id either (user/name); check the path") from None
-    except GatedRepoError:
-        raise ValueError(f"{name!r} is gated: accept its terms on the Hub, then log in or pass token=") from None
-    except RevisionNotFoundError:
-        raise ValueError(f"{name!r} has no revision {revision!r}; pass a branch, a tag or a commit") from None
-    except RepositoryNotFoundError:
-        raise ValueError(
-            f"{name!r} is neither built in ({', '.join(BUILT_IN)}), nor a folder, nor a repository you can see on the"
-            " Hub; check the name, or pass token= if it is private"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise OSError(
-            f"{name!r} is no folder and could not be had from the Hub ({str(error).splitlines()[0]}); check the"
-            " connection, or download it once while online: later runs need none"
-        ) from error
 
 
 def upload(
