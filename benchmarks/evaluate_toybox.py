@@ -1,12 +1,11 @@
 """How good is the built-in model? Measured on scenes of the test split, which no training saw.
 
-python benchmarks/evaluate_toybox.py --judge runs/toybox/judge/result/judge --sheets out/sheets \
-    --into README.md --into scaleweaver/assets/toybox/README.md
+python benchmarks/evaluate_toybox.py --sheets out/sheets --into README.md --into scaleweaver/assets/toybox/README.md
 python benchmarks/evaluate_toybox.py --parts speed --threads 1 --out out/speed.json
 
 Prompts are `explicit_caption`s: they say everything that is asked of the pictures afterwards. Every number has its
-bounds beside it: the tokenizer's own reconstruction above, unrelated pairs below. Each part is written as soon as it is
-measured; a later call with the same settings goes on with the missing parts.
+bounds beside it: the tokenizer's own reconstruction and the meter on true renders above, unrelated pairs below. Each
+part is written as soon as it is measured; a later call with the same settings goes on with the missing parts.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -24,22 +22,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 
-from scaleweaver import VARControlPipeline, __version__
+from scaleweaver import Control, VARControlPipeline
 from scaleweaver.cache import KVCache
-from scaleweaver.controls import canny
+from scaleweaver.controls.estimator import ToyboxEstimator
 from scaleweaver.doctor import processor
 from scaleweaver.evaluate.attributes import AttributeJudge, Judgement, score
-from scaleweaver.evaluate.control import canny_f1
-from scaleweaver.evaluate.prompts import explicit_caption
+from scaleweaver.evaluate.examples import EXACT, ToyboxExamples, meter_of, partner
+from scaleweaver.evaluate.fidelity import CALL, Drawing
+from scaleweaver.evaluate.meters import Meter
+from scaleweaver.evaluate.report import machine, markdown
 from scaleweaver.reference import ReferenceInjector
-from scaleweaver.schedule import ScaleSchedule
-from scaleweaver.toybox.dataset import draw_batch
-from scaleweaver.toybox.scene import attributes
+from scaleweaver.toybox.dataset import caption_of
 from scaleweaver.train.data import Pixels, fingerprint, save_grid, to_images
 from scaleweaver.train.losses import bit_loss
 from scaleweaver.train.tokenizer import reconstruct, reconstruction_scores
@@ -47,6 +43,7 @@ from scaleweaver.train.tokenizer import reconstruct, reconstruction_scores
 RESULT = Path(__file__).parent / "results" / "toybox.json"
 PARTS = ("tokenizer", "bits", "control", "attributes", "speed")
 EDGES = ("f1", "f1_1px", "f1_2px")
+STRENGTHS = (1.0, 0.5)
 SHOWN = 48  # prompts on the contact sheet
 START, END = "<!-- measured -->\n", "<!-- /measured -->"  # where the tables stand in a document
 
@@ -58,55 +55,80 @@ class Evaluation:
         self.options = options
         self.pipe = VARControlPipeline.from_pretrained(options.model)
         self.pipe.set_progress_bar_config(disable=True)
-        if options.control and options.control not in self.pipe.available_controls:
-            raise ValueError(f'{options.model} has no control "{options.control}"; pass --control ""')
-        self.schedule = ScaleSchedule.from_dict(self.pipe.config["schedule"])
-        batch = draw_batch(options.split, range(options.count), size=self.schedule.height)
-        self.scenes, self.captions = batch.scenes, batch.texts
-        self.references: Pixels = batch.pixels  # (B, H, W, 3)
-        self.edges = [canny(picture) for picture in self.references]
-        self.prompts = [explicit_caption(scene) for scene in self.scenes]
-        self.asked = [attributes(scene) for scene in self.scenes]
-        self.seeds = [options.seed + i for i in range(options.count)]
-        self._drawn: dict[float, Pixels] = {}
+        loaded = self.pipe.available_controls
+        self.kinds: list[str] = list(loaded) if options.controls is None else options.controls
+        if missing := sorted(set(self.kinds) - set(loaded)):
+            raise ValueError(
+                f"{options.model} has no control {', '.join(missing)}, it has {', '.join(loaded) or 'none'};"
+                ' pass some of them as --controls, or --controls ""'
+            )
+        self.drawing = Drawing(self.pipe, options.seed, 1, {})
+        self.schedule = self.drawing.schedule
+        self.data = ToyboxExamples(options.split, self.kinds, size=self.schedule.height, people=False)
+        self.examples = []
+        for start in range(0, options.count, options.batch):
+            self.examples += self.data.read(range(start, min(start + options.batch, options.count)))
+        self.references: Pixels = np.stack([example.reference for example in self.examples])  # (B, H, W, 3)
+        self.prompts = [example.prompt for example in self.examples]
+        self.asked = [example.asked or {} for example in self.examples]
+        self._drawn: dict[tuple[str, float, bool], Pixels] = {}
 
     @cached_property
     def judge(self) -> AttributeJudge:
-        return AttributeJudge.from_pretrained(self.options.judge).eval()
+        folder = self.options.judge
+        return AttributeJudge.from_pretrained(folder).eval() if folder else AttributeJudge.built_in()
+
+    @cached_property
+    def estimator(self) -> ToyboxEstimator | None:
+        """What finds depth and key points in pictures, where a control needs it."""
+        if not set(self.kinds) & set(EXACT):
+            return None
+        folder = self.options.estimator
+        return ToyboxEstimator.from_pretrained(folder).eval() if folder else ToyboxEstimator.built_in()
 
     @cached_property
     def reconstructed(self) -> Pixels:
         return reconstruct(self.pipe.vae, self.references, self.schedule)
 
-    def drawn(self, strength: float) -> Pixels:
-        """A picture per prompt with the edges of its own scene at this strength; 0 is no control at all."""
-        if strength not in self._drawn:
-            self._drawn[strength] = self.draw(range(len(self.prompts)), strength or None)
-        return self._drawn[strength]
+    def meter(self, kind: str) -> Meter:
+        return meter_of(kind, self.data, self.estimator)
 
-    def draw(self, rows: Sequence[int], strength: float | None) -> Pixels:
-        from scaleweaver import Control
+    def rows(self, kind: str) -> list[int]:
+        """The scenes that a control is measured on: for poses, those with somebody in them."""
+        everyone = range(len(self.examples))
+        return [i for i in everyone if kind != "pose" or len(self.examples[i].targets["pose"])]
 
+    def others(self, kind: str) -> list[int]:
+        """For each of these scenes another one of them."""
+        rows = self.rows(kind)
+        return [rows[partner(place, len(rows))] for place in range(len(rows))]
+
+    def drawn(self, kind: str = "", strength: float = 0.0, wrong: bool = False) -> Pixels:
+        """A picture per scene of `rows(kind)` under its own map, or another scene's if `wrong`; "" is no control."""
+        key = (kind, strength, wrong)
+        if key not in self._drawn:
+            rows = self.rows(kind)
+            self._drawn[key] = self.draw(rows, kind, strength, self.others(kind) if wrong else rows)
+        return self._drawn[key]
+
+    def draw(self, rows: Sequence[int], kind: str = "", strength: float = 0.0, maps: Sequence[int] = ()) -> Pixels:
         parts = []
         for start in range(0, len(rows), self.options.batch):
-            some = rows[start : start + self.options.batch]
+            some = slice(start, start + self.options.batch)
             control = None
-            if strength is not None:
-                control = Control(self.options.control, [self.edges[i] for i in some], scale=strength)
-            prompts, seeds = [self.prompts[i] for i in some], [self.seeds[i] for i in some]
-            images = self.pipe(prompts, control=control, seed=seeds, output_type="np").images
-            parts.append((images * 255).round().astype(np.uint8))
+            if kind:
+                control = Control(kind, [self.examples[i].maps[kind] for i in maps[some]], scale=strength)
+            parts.append(self.drawing.draw([self.prompts[i] for i in rows[some]], rows[some], control))
         return np.concatenate(parts)
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on; results of other settings are not mixed with these."""
         networks = {name: getattr(self.pipe, name) for name in ("transformer", "text_encoder", "vae")}
-        weights = {name: fingerprint(network) for name, network in (networks | self.pipe.controls).items()}
-        numbers = ("guidance_scale", "control_guidance_scale", "temperature", "top_k", "top_p")
-        calls = {name: self.pipe.config.get(name) for name in numbers}
-        names = ("split", "count", "seed", "control")
-        sources = {"weights": weights, "processor": processor()}
-        return sources | {n: getattr(self.options, n) for n in names} | calls
+        networks |= {kind: self.pipe.controls[kind] for kind in self.kinds}
+        weights = {name: fingerprint(network) for name, network in networks.items()}
+        calls = {name: self.pipe.config.get(name) for name in CALL}
+        chosen = {"split": self.options.split, "count": self.options.count, "seed": self.options.seed}
+        return {"weights": weights, "processor": processor(), **chosen, "controls": self.kinds, **calls}
 
 
 def tokenizer(run: Evaluation) -> dict[str, Any]:
@@ -117,76 +139,88 @@ def tokenizer(run: Evaluation) -> dict[str, Any]:
 @torch.inference_mode()
 def bits(run: Evaluation) -> dict[str, Any]:
     """Share of right bits per scale given all coarser ones, without noise; the captions are those of training."""
+    everyone = run.rows("")
+    result = {"caption": right_bits(run, everyone), "empty prompt": right_bits(run, everyone, caption=False)}
+    for kind in run.kinds:
+        # an adapter that also reads the prompt has no bank of its own
+        if run.pipe.controls[kind].config.condition_modulation == "null":
+            result[f"caption and {among(run, kind)}"] = right_bits(run, run.rows(kind), kind)
+    return result
+
+
+def among(run: Evaluation, kind: str) -> str:
+    """The name of a control, and on which scenes if not on all."""
+    return kind if len(run.rows(kind)) == len(run.examples) else f"{kind} ({len(run.rows(kind))} scenes with people)"
+
+
+def right_bits(run: Evaluation, rows: Sequence[int], kind: str = "", *, caption: bool = True) -> list[float]:
+    """One share per scale."""
     pipe, schedule = run.pipe, run.schedule
-    adapter = pipe.controls.get(run.options.control)
-    # an adapter that also reads the prompt has no bank of its own
-    alone = adapter is not None and adapter.config.condition_modulation == "null"
-    conditions = ["caption", "empty prompt", *(["caption and control"] if alone else [])]
-    rows: dict[str, list[torch.Tensor]] = {name: [] for name in conditions}
-    for start in range(0, len(run.prompts), run.options.batch):
-        some = slice(start, start + run.options.batch)
+    total = torch.zeros(len(schedule))
+    for start in range(0, len(rows), run.options.batch):
+        some = rows[start : start + run.options.batch]
         latent = pipe.vae.encode(to_images(run.references[some]))
         inputs, labels, _ = pipe.vae.target.labels(latent, schedule)
-        for name in conditions:
-            texts = run.captions[some] if name != "empty prompt" else [""] * len(latent)
-            context = pipe.transformer.encode_text(pipe.encode_prompt(texts))
-            injectors = []
-            if name == "caption and control":
-                bank = pipe.encode_control(run.edges[some], run.options.control).bank
-                injectors = [ReferenceInjector(bank, adapter, [1.0] * len(schedule), images=len(latent))]
-            logits = pipe.transformer(inputs, schedule.steps, context, KVCache(), injectors=injectors)
-            rows[name].append(bit_loss(logits, labels, schedule)[2] * len(latent))  # (S,)
-    count = len(run.prompts)
-    return {name: [round(v, 4) for v in (torch.stack(r).sum(0) / count).tolist()] for name, r in rows.items()}
+        texts = [caption_of(run.options.split, i) for i in some] if caption else [""] * len(some)
+        context = pipe.transformer.encode_text(pipe.encode_prompt(texts))
+        injectors = []
+        if kind:
+            bank = pipe.encode_control([run.examples[i].maps[kind] for i in some], kind).bank
+            injectors = [ReferenceInjector(bank, pipe.controls[kind], [1.0] * len(schedule), images=len(some))]
+        logits = pipe.transformer(inputs, schedule.steps, context, KVCache(), injectors=injectors)
+        total += bit_loss(logits, labels, schedule)[2] * len(some)  # (S,)
+    return [round(value, 4) for value in (total / len(rows)).tolist()]
 
 
 def control(run: Evaluation) -> dict[str, Any]:
-    """Canny F1 of pictures against the edges they were given, and the same pictures against other scenes' edges."""
-    if not run.options.control:
-        return {}
-    others = [*run.edges[1:], run.edges[0]]
-    result = {f"strength {s}": edge_scores(run.drawn(s), run.edges) for s in (1.0, 0.5)}
-    result["without control"] = edge_scores(run.drawn(0.0), run.edges)
-    result["shuffled edges"] = edge_scores(run.drawn(1.0), others)
-    result["reconstructed reference"] = edge_scores(run.reconstructed, run.edges)
-    some = range(min(4, len(run.prompts)))
-    same = np.array_equal(run.draw(some, 0.0), run.drawn(0.0)[: len(some)])
-    return result | {"strength 0 equals no control": same}
+    """What is found of each control in pictures drawn under it, with and without it, and the bounds."""
+    result = {}
+    for kind in run.kinds:
+        meter, rows, others = run.meter(kind), run.rows(kind), run.others(kind)
 
+        def measured(pictures: Pixels, of: Sequence[int], meter: Meter = meter, kind: str = kind) -> dict[str, Any]:
+            scores = meter.measure(pictures, [run.examples[i].targets[kind] for i in of])
+            return {"pictures": len(of)} | meter.summarise([[one] for one in scores])
 
-def edge_scores(pictures: Pixels, edges: Sequence[Any]) -> dict[str, float]:
-    """Mean and standard error of each F1."""
-    rows = [canny_f1(picture, np.asarray(edge)) for picture, edge in zip(pictures, edges, strict=True)]
-    scores: dict[str, float] = {}
-    for name in EDGES:
-        values = np.array([row[name] for row in rows])
-        scores |= {name: float(values.mean()), f"{name}_error": float(values.std() / len(values) ** 0.5)}
-    return scores
+        table = {f"strength {s}": measured(run.drawn(kind, s), rows) for s in STRENGTHS}
+        table["without control"] = measured(run.drawn()[rows], rows)
+        table["map of another scene"] = measured(run.drawn(kind, STRENGTHS[0], wrong=True), others)
+        table[f"chance: strength {STRENGTHS[0]} against another map"] = measured(run.drawn(kind, STRENGTHS[0]), others)
+        table["reconstructed reference"] = measured(run.reconstructed[rows], rows)
+        table["meter on true renders"] = measured(run.references[rows], rows)
+        some = rows[:4]
+        same = np.array_equal(run.draw(some, kind, 0.0, some), run.drawn()[some])
+        columns = [vars(column) for column in meter.columns]
+        result[kind] = {"meter": meter.source, "columns": columns, "rows": table, "strength 0 equals no control": same}
+    return result
 
 
 def judged(run: Evaluation) -> dict[str, Any]:
     """What the prompts asked for and the judge found; its own mistakes show on the true renders."""
-    free = run.judge.judge(run.drawn(0.0))
+    free = run.judge.judge(run.drawn())
     found: dict[str, list[Judgement]] = {
         "true renders": run.judge.judge(run.references),
         "tokenizer reconstructions": run.judge.judge(run.reconstructed),
         "prompt alone": free,
     }
-    if run.options.control:
-        found["prompt and edges"] = run.judge.judge(run.drawn(1.0))
     result = {name: score(judgements, run.asked) for name, judgements in found.items()}
+    for kind in run.kinds:
+        asked = [run.asked[i] for i in run.rows(kind)]
+        result[f"prompt and {among(run, kind)}"] = score(run.judge.judge(run.drawn(kind, STRENGTHS[0])), asked)
     result["other prompts"] = score(free, [*run.asked[1:], run.asked[0]])
     return result | {"judge": fingerprint(run.judge)}
 
 
 def speed(run: Evaluation) -> dict[str, Any]:
     """Seconds per picture, one at a time, after a warm-up; the median of several."""
-    pipe, name = run.pipe, run.options.control
+    pipe = run.pipe
     calls: dict[str, Callable[[int], Any]] = {"prompt": lambda i: pipe(run.prompts[i], seed=i)}
-    if name:
-        encoded = pipe.encode_control(run.edges[0], name)
-        calls["prompt and edges"] = lambda i: pipe(run.prompts[i], control={name: run.edges[i]}, seed=i)
-        calls["prompt and encoded edges"] = lambda i: pipe(run.prompts[i], control={name: encoded}, seed=i)
+    if run.kinds:
+        kind = run.kinds[0]
+        maps = [example.maps[kind] for example in run.examples]
+        encoded = pipe.encode_control(maps[0], kind)
+        calls[f"prompt and {kind}"] = lambda i: pipe(run.prompts[i], control={kind: maps[i]}, seed=i)
+        calls[f"prompt and encoded {kind}"] = lambda i: pipe(run.prompts[i], control={kind: encoded}, seed=i)
     times: dict[str, list[float]] = {label: [] for label in calls}
     load = os.getloadavg()[0]
     for i in [0, 0, *range(min(24, len(run.prompts)))]:
@@ -204,14 +238,16 @@ def sheets(run: Evaluation, folder: Path) -> None:
     """Pictures that are already drawn, and none chosen: the first scenes of the split."""
     shown = min(SHOWN, len(run.prompts))
     save_grid(folder / "reconstructions.png", _columns(run.references[:16], run.reconstructed[:16]), columns=8)
-    if 0.0 in run._drawn:
-        save_grid(folder / "prompts.png", run.drawn(0.0)[:shown], columns=8)
+    if ("", 0.0, False) in run._drawn:
+        save_grid(folder / "prompts.png", run.drawn()[:shown], columns=8)
         lines = [f"{i // 8 + 1}.{i % 8 + 1} {prompt}" for i, prompt in enumerate(run.prompts[:shown])]
         (folder / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if 1.0 in run._drawn:
-        edges = np.stack([np.asarray(edge) for edge in run.edges[:24]])
-        triples = _columns(edges, run.drawn(1.0)[:24], run.references[:24])
-        save_grid(folder / "control.png", triples, columns=8)  # edges over result over reference
+    for kind in run.kinds:
+        if (kind, STRENGTHS[0], False) in run._drawn:
+            rows = run.rows(kind)[:24]
+            maps = np.stack([run.examples[i].maps[kind] for i in rows])
+            triples = _columns(maps, run.drawn(kind, STRENGTHS[0])[: len(rows)], run.references[rows])
+            save_grid(folder / f"{kind}.png", triples, columns=8)  # map over result over reference
 
 
 def _columns(*stacks: Pixels) -> Pixels:
@@ -236,10 +272,10 @@ def table(report: dict[str, Any]) -> str:
         lines += ["| right bits given | " + " | ".join(f"scale {i + 1}" for i in range(scales)) + " |"]
         lines += ["|---" * (scales + 1) + "|"]
         lines += [f"| {name} | " + _row(values) for name, values in found["bits"].items()] + [""]
-    if found.get("control"):
-        lines += ["| edges of the picture against those given | F1 | F1, 1 px | F1, 2 px |", "|---|---|---|---|"]
-        named = {name: values for name, values in found["control"].items() if isinstance(values, dict)}
-        lines += [f"| {name} | " + _row(values[e] for e in EDGES) for name, values in named.items()] + [""]
+    for kind, part in found.get("control", {}).items():
+        # standard errors are in the file
+        heading, ruler, *rows = markdown(part, errors=False).splitlines()
+        lines += [heading.replace("| |", f"| {kind}, {part['meter']} |", 1), ruler, *rows, ""]
     if found.get("attributes"):
         named = {name: values for name, values in found["attributes"].items() if isinstance(values, dict)}
         names = list(next(iter(named.values())))
@@ -276,23 +312,17 @@ def kept_parts(run: Evaluation, settings: dict[str, Any]) -> dict[str, Any]:
             return {}
         raise ValueError(f"{options.out} holds numbers of other weights or settings; pass another --out, or --again")
     parts = dict(before["parts"])
-    if options.judge and parts.get("attributes", {}).get("judge") != fingerprint(run.judge):
+    if "attributes" in parts and parts["attributes"]["judge"] != fingerprint(run.judge):
         parts.pop("attributes", None)
     return {name: (value, before["commands"][name]) for name, value in parts.items()}
-
-
-def machine() -> dict[str, Any]:
-    """Where the numbers were measured."""
-    versions = {"scaleweaver": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    versions |= {"transformers": transformers.__version__, "python": platform.python_version()}
-    return {"cores": os.cpu_count(), "system": platform.platform(terse=True), "versions": versions}
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="toybox", help="the built-in model, a folder or a Hub repository")
-    parser.add_argument("--judge", type=Path, help="folder of a trained AttributeJudge (recipes/toybox/judge.yaml)")
-    parser.add_argument("--control", default="canny", help='name of the edge control, "" for a model without one')
+    parser.add_argument("--judge", type=Path, help="folder of an AttributeJudge; the built-in one unless given")
+    parser.add_argument("--estimator", type=Path, help="folder of a ToyboxEstimator; the built-in one unless given")
+    parser.add_argument("--controls", help='names with commas, "" for none; all that the model has unless given')
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument(
         "--split", default="test", help='"test", or "heldout": pairs of colour and kind never trained on'
@@ -307,10 +337,10 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     options.parts = options.parts.split(",")
+    if options.controls is not None:
+        options.controls = [name for name in options.controls.split(",") if name]
     if unknown := sorted(set(options.parts) - set(PARTS)):
         parser.error(f"unknown parts {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
-    if "attributes" in options.parts and options.judge is None:
-        parser.error("the part attributes needs --judge; train one with `scaleweaver train recipes/toybox/judge.yaml`")
     for document in options.into:
         try:
             split_at_marks(document)
@@ -324,6 +354,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     run = Evaluation(options)
+    if "attributes" in options.parts:
+        run.judge.eval()  # complains now, not after the drawing, where there is none
     settings = run.settings()
     kept = kept_parts(run, settings)
     report: dict[str, Any] = {"settings": settings, "machine": machine()}

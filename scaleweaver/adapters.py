@@ -13,8 +13,10 @@ so that PEFT's own tools read the LoRA.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +34,7 @@ from scaleweaver.lora import (
     lora_pattern,
     lora_shapes,
     remove_lora,
+    set_alpha,
 )
 from scaleweaver.methods.scaleweaver import ControlAdapter, ScaleWeaverConfig
 
@@ -42,6 +45,7 @@ __all__ = [
     "lora_detached",
     "lora_enabled",
     "remove_control",
+    "replace_control",
     "save_control",
     "trainable_parameters",
 ]
@@ -96,11 +100,54 @@ def load_control(folder: str | Path, backbone: Any, name: str, *, trainable: boo
     All files are checked first; if something does not fit the backbone, a ValueError says what and nothing changes.
     """
     check_name(name)
-    folder = Path(folder)
+    saved = _read(Path(folder), backbone)
+    adapter = add_control(backbone, saved.config, name)
+    _fill(backbone, adapter, name, saved)
+    for parameter in trainable_parameters(backbone, adapter, name).values():
+        parameter.requires_grad_(trainable)
+    return adapter
+
+
+def replace_control(folder: str | Path, backbone: Any, adapter: ControlAdapter, name: str) -> ControlAdapter:
+    """Read a control in place of the one that is there under `name`; a folder that does not fit changes nothing.
+
+    If both wrap the same layers at the same rank, only numbers change: modules and `adapter` stay the same objects,
+    which compiled graphs hold on to.
+    """
+    saved = _read(Path(folder), backbone)
+    shapes = {key: x.shape for key, x in adapter.state_dict().items()}
+    alike = _pattern(saved.config) == _pattern(adapter.config) and saved.config.lora_rank == adapter.config.lora_rank
+    if not alike or shapes != {key: x.shape for key, x in saved.weights.items()}:
+        trainable = any(parameter.requires_grad for parameter in adapter.parameters())
+        remove_control(backbone, name)
+        adapter = add_control(backbone, saved.config, name)
+        for parameter in trainable_parameters(backbone, adapter, name).values():
+            parameter.requires_grad_(trainable)
+    _fill(backbone, adapter, name, saved)
+    set_alpha(backbone, name, saved.config.alpha)
+    adapter.config, adapter.edition = saved.config, uuid4().hex
+    return adapter
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A control's folder, read and found to fit."""
+
+    config: ScaleWeaverConfig
+    weights: dict[str, Tensor]
+    lora: dict[str, Tensor]
+
+
+def _fill(backbone: Any, adapter: ControlAdapter, name: str, saved: _Saved) -> None:
+    adapter.load_state_dict(saved.weights)
+    load_lora(backbone, name, saved.lora)
+
+
+def _read(folder: Path, backbone: Any) -> _Saved:
     config, trained = _read_config(folder / CONFIG_FILE)
     _check_fit(folder, trained, _fits(backbone))
     expected = _adapter(backbone, config, device="meta")
-    lora = _read_json(folder / LORA_CONFIG_FILE)
+    lora = read_json(folder / LORA_CONFIG_FILE)
     if (lora.get("r"), lora.get("lora_alpha")) != (config.lora_rank, config.alpha):
         raise ValueError(
             f"{folder}: {LORA_CONFIG_FILE} says rank {lora.get('r')} and alpha {lora.get('lora_alpha')}, {CONFIG_FILE} "
@@ -109,13 +156,9 @@ def load_control(folder: str | Path, backbone: Any, name: str, *, trainable: boo
     shapes = lora_shapes(backbone, _pattern(expected.config), config.lora_rank)
     _check_shapes(folder / LORA_WEIGHTS_FILE, {PREFIX + key: shape for key, shape in shapes.items()})
     _check_shapes(folder / WEIGHTS_FILE, {key: tuple(x.shape) for key, x in expected.state_dict().items()})
-    adapter = add_control(backbone, config, name)
-    adapter.load_state_dict(load_file(folder / WEIGHTS_FILE))
     tensors = load_file(folder / LORA_WEIGHTS_FILE)
-    load_lora(backbone, name, {key.removeprefix(PREFIX): x for key, x in tensors.items()})
-    for parameter in trainable_parameters(backbone, adapter, name).values():
-        parameter.requires_grad_(trainable)
-    return adapter
+    own = {key.removeprefix(PREFIX): x for key, x in tensors.items()}
+    return _Saved(expected.config, load_file(folder / WEIGHTS_FILE), own)
 
 
 def control_kind(folder: str | Path) -> str:
@@ -125,7 +168,7 @@ def control_kind(folder: str | Path) -> str:
 
 def _read_config(path: Path) -> tuple[ScaleWeaverConfig, dict[str, Any]]:
     """How a saved control works, and what it says of its backbone."""
-    data = _read_json(path)
+    data = read_json(path)
     if data.get("format") != FORMAT or data.get("method") != "scaleweaver":
         raise ValueError(
             f"{path} says format {data.get('format')!r}, method {data.get('method')!r}; this version reads format "
@@ -147,7 +190,7 @@ def _adapter(backbone: Any, config: ScaleWeaverConfig, device: str | None = None
 
 
 def _pattern(config: ScaleWeaverConfig) -> str:
-    return lora_pattern(config.lora_targets, (config.inject_blocks or (0,))[-1] + 1)
+    return lora_pattern(config.lora_targets, config.blocks[-1] + 1)
 
 
 def _fits(backbone: Any) -> dict[str, Any]:
@@ -171,15 +214,20 @@ def _check_fit(folder: Path, trained: dict[str, Any], present: dict[str, Any]) -
         )
 
 
-def _check_shapes(path: Path, expected: Shapes) -> None:
-    """Compare a safetensors header with what the backbone needs; weights stay unread."""
+def read_shapes(path: Path) -> Shapes:
+    """Keys and shapes in a safetensors header; weights stay unread."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing; the control's folder is incomplete, download or save it again")
+        raise ValueError(f"{path} is missing; the adapter's folder is incomplete, download or save it again")
     try:
         with safe_open(path, framework="pt") as file:
-            found: Shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or incomplete ({error}); download or save it again") from error
+
+
+def _check_shapes(path: Path, expected: Shapes) -> None:
+    """Compare a file with what the backbone needs."""
+    found = read_shapes(path)
     missing = sorted(set(expected) - set(found))
     extra = sorted(set(found) - set(expected))
     wrong = [
@@ -195,7 +243,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a file of a saved adapter."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; pass the folder of a control, which holds {CONFIG_FILE}")
     try:
@@ -208,7 +257,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _model_card(config: ScaleWeaverConfig, backbone: dict[str, Any]) -> str:
-    blocks = config.inject_blocks or ()
     maps = [config.detector or "detector not recorded"]
     maps += [f"thresholds {', '.join(map(str, config.thresholds))}"] if config.thresholds else []
     maps += [f"{config.resolution} pixels"] if config.resolution else []
@@ -219,9 +267,10 @@ tags: [scaleweaver, controlnet, text-to-image, {json.dumps(config.kind)}]
 
 # Control: {config.kind}
 
-For {backbone["class"]} of depth {backbone["depth"]} and width {backbone["width"]}: injected into blocks {blocks[0]} to
-{blocks[-1]}, with a LoRA of rank {config.lora_rank} on the condition stream. A reimplementation of the mechanism of
-ScaleWeaver (arXiv 2510.14882). It fits the weights that it was trained with and no others.
+For {backbone["class"]} of depth {backbone["depth"]} and width {backbone["width"]}: injected into blocks
+{", ".join(map(str, config.blocks))}, with a LoRA of rank {config.lora_rank} on the condition stream.
+A reimplementation of the mechanism of ScaleWeaver (arXiv 2510.14882). It fits the weights that it was trained with and
+no others.
 
 ```python
 pipe.load_control("this folder or repository", name={json.dumps(config.kind)})

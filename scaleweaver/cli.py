@@ -19,6 +19,7 @@ from scaleweaver.commands import one_line_errors
 from scaleweaver.commands.evaluate import evaluate
 from scaleweaver.commands.loading import load_pipeline
 from scaleweaver.commands.preprocess import preprocess
+from scaleweaver.commands.train import train
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -237,27 +238,7 @@ def render(
     typer.echo(f"{out}: {count} pictures, {rendered} rendered now, in {time.perf_counter() - started:.1f} s")
 
 
-@app.command()
-@one_line_errors
-def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/toybox/canny.yaml.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, also a nested one: a.b=3; repeatable."),
-    ] = None,
-) -> None:
-    """Train what a recipe describes, or go on where its run was stopped."""
-    import yaml
-
-    from scaleweaver.train import run
-
-    settings: dict[str, Any] = {}
-    for entry in overrides or []:
-        key, equals, value = entry.partition("=")
-        if not key or not equals:
-            raise ValueError(f"--set {entry!r} is not KEY=VALUE; write for example --set steps=200")
-        settings[key] = yaml.safe_load(value)
-    typer.echo(str(run(recipe, settings)))
+app.command()(train)
 
 
 @convert.command("infinity")

@@ -7,7 +7,7 @@ forcing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -26,19 +26,24 @@ Steps = Sequence[ScaleStep]
 class Control:
     """One control image and how strongly, when and where it acts.
 
-    ``scale`` is the strength: one number or one per scale of the schedule. ``start`` and ``end`` are fractions of the
-    scales, by diffusers' rule: scale i of S is active unless ``i / S < start`` or ``(i + 1) / S > end``. ``mask``
-    (white = active) limits where it acts. ``resize`` says how an image of another size meets the picture: "crop", "pad"
-    or "stretch".
+    ``image`` may be a list with one per prompt, ``mask`` too. ``scale`` is the strength: one number, one per scale of
+    the schedule, or a function that gets each ``ScaleStep`` and returns its strength. ``start`` and ``end`` are
+    fractions of the scales, by diffusers' rule: scale i of S is active unless ``i / S < start`` or ``(i + 1) / S >
+    end``. ``scales`` names the active ones by index, ``slice(2, None)``, a range or a list; with a window as well, a
+    scale must lie in both. ``mask`` (white = active, grey = less) limits where it acts. ``resize`` says how an image of
+    another size meets the picture: "crop", "pad" or "stretch". ``control_guidance_scale`` weighs this control apart,
+    one number or one per scale; None for that of the call.
     """
 
     kind: str
     image: Any
-    scale: float | Sequence[float] = 1.0
+    scale: float | Sequence[float] | Callable[[ScaleStep], float] = 1.0
     start: float = 0.0
     end: float = 1.0
     mask: Any | None = None
     resize: str = "crop"
+    scales: slice | Sequence[int] | None = None
+    control_guidance_scale: float | Sequence[float] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Guidance: several branches of one call, and how their logits become one.
 
 Classifier-Free Diffusion Guidance (arXiv 2207.12598), on logits as in Infinity (arXiv 2412.04431): a weight of 1 is
-off. Rows lie branch by branch, [text | null] or [text + control | null + control | null], each B images. A branch whose
-weight is 0 at this and every later scale is dead: the loop drops its rows, which changes nothing but the cost.
+off. Rows lie branch by branch, [text | null] or [text + controls | null + controls | null | null + some controls], each
+B images. A branch whose weight is 0 at this and every later scale is dead: the loop drops its rows, which changes
+nothing but the cost.
 """
 
 from __future__ import annotations
@@ -50,9 +51,8 @@ class ClassifierFreeGuidance:
     def branches(self) -> int:
         return 1 if set(self.scale) == {1.0} else 2
 
-    @property
-    def sees_control(self) -> tuple[bool, ...]:
-        """Per branch, whether controls act on it: on both halves, so that text alone is what guidance amplifies."""
+    def sees_control(self, control: int) -> tuple[bool, ...]:
+        """Per branch, whether a control acts on it: on both halves, so that text alone is what guidance amplifies."""
         return (True,) * self.branches
 
     def alive(self, step: ScaleStep) -> int:
@@ -71,48 +71,65 @@ class ClassifierFreeGuidance:
 
 
 class ControlGuidance:
-    """Text and control weighed apart: l = l(0,0) + g_c (l(0,c) - l(0,0)) + g_t (l(t,c) - l(0,c)).
+    """Text and every control weighed apart.
 
-    Three branches [text + control | null + control | null]; without the third when g_c is 1 everywhere (then it is
-    classifier-free guidance with the control in both halves). InstructPix2Pix (arXiv 2211.09800), equation 3, with the
-    roles of text and picture exchanged. `steps` is needed only when neither scale is a list.
+    With c all controls, and c_j those that share the weight g_j, l(text, controls) is
+
+        l = l(0,c) + g_t (l(t,c) - l(0,c)) + sum_j (g_j - 1) (l(0,c_j) - l(0,0))
+
+    For one weight for all controls this is l(0,0) + g_c (l(0,c) - l(0,0)) + g_t (l(t,c) - l(0,c)): InstructPix2Pix
+    (arXiv 2211.09800), equation 3, with the roles of text and picture exchanged. For several weights it is a
+    generalisation of our own (inferred): it does not depend on the order of the controls, and a weight of 1 is off.
+
+    Branches are [t, c | 0, c | 0, 0 | 0, c_1 | 0, c_2 | ...]. A group whose weight is 1 everywhere has none, one of all
+    controls needs none beside the second, and those that are needed longest come first.
     """
 
     def __init__(
-        self, text_scale: float | Sequence[float], control_scale: float | Sequence[float], steps: int | None = None
+        self,
+        text_scale: float | Sequence[float],
+        control_scales: Sequence[float | Sequence[float]],
+        steps: int,
     ) -> None:
-        if steps is None:
-            lengths = [len(scale) for scale in (text_scale, control_scale) if isinstance(scale, Sequence)]
-            steps = lengths[0] if lengths else 1
-        self.text_scale = per_scale(text_scale, steps, "guidance_scale")
-        self.control_scale = per_scale(control_scale, steps, "control_guidance_scale")
+        self.text = per_scale(text_scale, steps, "guidance_scale")
+        self.own = [per_scale(scale, steps, "control_guidance_scale") for scale in control_scales]
+        off = (1.0,) * steps
+        groups = sorted({scale for scale in self.own if scale != off}, key=lambda scale: (-_last(scale), scale))
+        shared = len(set(self.own)) == 1
+        self.all = groups[0] if groups and shared else off  # the weight of all controls together
+        self.parts = [] if shared else groups
 
     @property
     def branches(self) -> int:
         return self._needed(0)
 
-    @property
-    def sees_control(self) -> tuple[bool, ...]:
-        """Per branch, whether controls act on it."""
-        return (True, True, False)[: self.branches]
+    def sees_control(self, control: int) -> tuple[bool, ...]:
+        """Per branch, whether the control at this place of `control_scales` acts on it."""
+        return (True, True, False, *(scale == self.own[control] for scale in self.parts))[: self.branches]
 
     def alive(self, step: ScaleStep) -> int:
-        return self._needed(self._at(step))
+        return self._needed(step.index)
 
     def combine(self, logits: Tensor, step: ScaleStep) -> Tensor:
-        text, control = self.text_scale[self._at(step)], self.control_scale[self._at(step)]
-        return weighted_sum(logits.chunk(self.alive(step)), (text, control - text, 1 - control))  # (B, L, X)
+        text, together = self.text[step.index], self.all[step.index]
+        parts = [scale[step.index] - 1 for scale in self.parts]
+        weights = (text, together - text, 1 - together - sum(parts), *parts)
+        return weighted_sum(logits.chunk(self.alive(step)), weights)  # (B, L, X)
 
     def mix(self, layer: int, x: Tensor, step: ScaleStep) -> Tensor:
         return x
 
     def _needed(self, index: int) -> int:
-        if set(self.control_scale[index:]) != {1.0}:
-            return 3
-        return 1 if set(self.text_scale[index:]) == {1.0} else 2
+        """Leading branches with a weight at this or a later scale."""
+        parts = sum(_last(scale) >= index for scale in self.parts)
+        if parts or _last(self.all) >= index:
+            return 3 + parts
+        return 2 if _last(self.text) >= index else 1
 
-    def _at(self, step: ScaleStep) -> int:
-        return step.index if len(self.text_scale) > 1 else 0  # two plain numbers are kept once
+
+def _last(scale: Sequence[float]) -> int:
+    """The last scale whose weight is not 1, -1 if there is none."""
+    return max((index for index, weight in enumerate(scale) if weight != 1), default=-1)
 
 
 def weighted_sum(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

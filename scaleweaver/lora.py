@@ -81,14 +81,19 @@ def add_lora(backbone: nn.Module, name: str, *, pattern: str, rank: int, alpha: 
     = 0).
     """
     check_name(name)
-    if name in lora_names(backbone):
-        raise ValueError(f"the backbone already holds an adapter {name!r}; remove it first or choose another name")
     if not lora_shapes(backbone, pattern, rank):
         raise ValueError(f"no layer of {type(backbone).__name__} matches {pattern!r}; check lora_targets")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, lora_dropout=0.0, bias="none")
+    inject_lora(backbone, name, config)
+
+
+def inject_lora(backbone: nn.Module, name: str, config: LoraConfig) -> None:
+    """`add_lora` by a config of PEFT's."""
+    if name in lora_names(backbone):
+        raise ValueError(f"the backbone already holds an adapter {name!r}; remove it first or choose another name")
     # injecting makes the new adapter the only active and the only trainable one everywhere: put that back
     active = {path: layer.active_adapters for path, layer in lora_layers(backbone)}
     grads = {id(p): p.requires_grad for _, layer in lora_layers(backbone) for p in _adapter_parameters(layer)}
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, lora_dropout=0.0, bias="none")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, backbone, name)
@@ -100,9 +105,11 @@ def add_lora(backbone: nn.Module, name: str, *, pattern: str, rank: int, alpha: 
 
 
 def remove_lora(backbone: nn.Module, name: str) -> None:
-    """Take the adapter out; layers without any other adapter become plain again."""
+    """Take the adapter out; layers without any other adapter become plain again, others stay on or off."""
     require_lora(backbone, name)
     for path, layer in list(lora_layers(backbone, name)):
+        # deleting an active adapter would switch on any other, also that of a control
+        layer._active_adapter = [other for other in layer.active_adapters if other != name]
         layer.delete_adapter(name)
         if not layer.lora_A:
             backbone.set_submodule(path, layer.get_base_layer())
@@ -152,6 +159,14 @@ def lora_parameters(backbone: nn.Module, name: str) -> dict[str, nn.Parameter]:
         parameters[f"{path}.lora_A.weight"] = layer.lora_A[name].weight
         parameters[f"{path}.lora_B.weight"] = layer.lora_B[name].weight
     return parameters
+
+
+def set_alpha(backbone: nn.Module, name: str, alpha: int) -> None:
+    """Change the alpha of an adapter that is already there; the update counts alpha / rank."""
+    backbone.peft_config[name].lora_alpha = alpha  # type: ignore[index, union-attr]
+    for _, layer in lora_layers(backbone, name):
+        layer.lora_alpha[name] = alpha
+        layer.set_scale(name, 1.0)
 
 
 @torch.no_grad()

@@ -113,6 +113,10 @@ def python_of(settings: dict[str, Any]) -> str:
         "",
         f"pipe = VARControlPipeline.from_pretrained({settings.get('model', 'toybox')!r})",
     ]
+    loras = {lora["name"]: lora for lora in settings.get("loras", [])}
+    lines += [f"pipe.load_lora_weights({lora['source']!r}, {name!r})" for name, lora in loras.items()]
+    weights = [lora["weight"] for lora in loras.values()]
+    lines += [f"pipe.set_adapters({list(loras)!r}, {weights!r})"] if loras else []
     # parts that were given as objects are known by their names only
     parts = ("cache", "router", "sampler", "search")
     lines += [f"# drawn with {name}={settings[name]}" for name in parts if name in settings]
@@ -122,12 +126,13 @@ def python_of(settings: dict[str, Any]) -> str:
     else:
         lines += ["# drawn from prompt_embeds, which no picture keeps: put them here", "out = pipe("]
     for name, value in settings.items():
-        if name not in ("model", "prompt", "control", "forced", *parts):
+        if name not in ("model", "prompt", "control", "forced", "loras", *parts):
             lines.append(f"    {name}={value!r},")
     if controls:
         lines.append("    control=[")
         for control in controls:
-            words = [f"{name}={control[name]!r}" for name in ("scale", "start", "end", "resize") if name in control]
+            kept = ("scale", "start", "end", "scales", "control_guidance_scale", "resize")
+            words = [f"{name}={control[name]!r}" for name in kept if name in control]
             words += ['mask="mask.png"'] if control.get("masked") else []
             lines.append(f"        Control({control['kind']!r}, {control['kind'] + '.png'!r}, {', '.join(words)}),")
         lines.append("    ],")

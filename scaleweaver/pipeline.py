@@ -6,24 +6,19 @@ names are kept where the meaning is the same; where diffusers has a step, there 
 
 from __future__ import annotations
 
-import logging
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.outputs import BaseOutput
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
-from scaleweaver.adapters import CONFIG_FILE, load_control, lora_detached, remove_control, save_control
 from scaleweaver.backbones.infinity import InfinityTransformer
+from scaleweaver.checkpoints import StoredPipeline
 from scaleweaver.conditions import build, check_prompts, encode_prompts, make_generators
 from scaleweaver.contracts import (
     CachePolicy,
@@ -36,18 +31,16 @@ from scaleweaver.contracts import (
 )
 from scaleweaver.control_images import (
     EncodedControl,
-    control_strengths,
+    acts,
     encode_pictures,
     first_size,
     make_injector,
     read_controls,
+    settle,
 )
-from scaleweaver.hub import locate, locate_control, model_card, upload
 from scaleweaver.images import to_pil
 from scaleweaver.loop import SingleModel, generate
 from scaleweaver.metadata import write_settings
-from scaleweaver.methods.scaleweaver import ControlAdapter
-from scaleweaver.precision import read_dtype
 from scaleweaver.request import (
     Callback,
     Follower,
@@ -66,8 +59,6 @@ from scaleweaver.sampling import BitwiseSampler
 from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.tokenizers.bsq import BSQTokenizer
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass
 class VARPipelineOutput(BaseOutput):
@@ -84,7 +75,7 @@ class VARPipelineOutput(BaseOutput):
     settings: list[dict[str, Any]]
 
 
-class VARControlPipeline(DiffusionPipeline):
+class VARControlPipeline(StoredPipeline):
     """Text to image by next-scale prediction, with any number of control images.
 
     `schedule` says which grids a picture is built from: `ScaleSchedule.to_dict()` for a model of one size, or
@@ -123,8 +114,6 @@ class VARControlPipeline(DiffusionPipeline):
             top_p=top_p,
             control_guidance_scale=control_guidance_scale,
         )
-        self.controls: dict[str, ControlAdapter] = {}
-        self._card: str | None = None
 
     @torch.no_grad()
     def __call__(
@@ -158,24 +147,25 @@ class VARControlPipeline(DiffusionPipeline):
     ) -> VARPipelineOutput | tuple[Any, ...]:
         """Draw pictures; what is left out comes from the model's config.
 
-        control: {"canny": image}, a Control or a list of them; an image may be an EncodedControl, or a list with one
-        per prompt. guidance_scale, temperature: one number or one per scale. control_guidance_scale: weigh controls
-        apart from the text, 1 for not. guidance_layer: guide the state after this layer, not the logits; -5 is the
-        fifth from the end. seed: image i gets seed + i, or a list. cache, router, sampler, search: see contracts.py.
-        forced: codes (B, n, N) of leading scales. stop_after: number of scales to draw.
+        control: {"canny": image}, a Control or a list of them, in any order; an image may be an EncodedControl, or a
+        list with one per prompt. guidance_scale, temperature: one number or one per scale. control_guidance_scale:
+        weigh controls apart from the text, 1 for not. guidance_layer: guide the state after this layer, not the
+        logits; -5 is the fifth from the end. seed: image i gets seed + i, or a list. cache, router, sampler, search:
+        see contracts.py. forced: codes (B, n, N) of leading scales. stop_after: number of scales to draw.
         callback_on_step_end(pipe, index, step, {"latent", "preview"}): after every scale; preview() decodes pictures.
         """
         # the plan: a mistake of the caller shows before any network runs
         numbers = (guidance_scale, control_guidance_scale, guidance_layer, temperature, top_k, top_p)
         parts = {"cache": cache, "router": router, "sampler": sampler, "search": search}
         check_call(num_images_per_prompt, output_type, callback_on_step_end)
-        controls = read_controls(control, self.controls)
-        plan = self._plan(schedule, height, width, first_size(controls))
-        active = [item for item in controls if any(control_strengths(item, plan))]
-        values = with_parts(read_numbers(self.config, *numbers, controlled=bool(active)), parts, forced)
-        guidance = read_guidance(values, len(plan), bool(controls), len(self.transformer.blocks))
-        sampler = sampler or BitwiseSampler(values["temperature"], values["top_k"], values["top_p"])
         texts = read_prompts(prompt, prompt_embeds)
+        given = read_controls(control, self.controls)
+        plan = self._plan(schedule, height, width, first_size(given))
+        controls = [settle(item, plan, len(texts)) for item in given]
+        active = sorted((item for item in controls if acts(item, plan)), key=lambda item: item.kind)
+        values = with_parts(read_numbers(self.config, *numbers, controlled=bool(active)), parts, forced)
+        guidance = read_guidance(values, len(plan), controls, active, len(self.transformer.blocks))
+        sampler = sampler or BitwiseSampler(values["temperature"], values["top_k"], values["top_p"])
         generators = make_generators(seed, len(texts) * num_images_per_prompt, generator=generator)
         request = Request(plan, guidance, texts, generators, num_images_per_prompt, controls)
 
@@ -198,6 +188,7 @@ class VARControlPipeline(DiffusionPipeline):
 
         # pictures, each with the settings that make it again
         values |= {"stop_after": stop_after, "schedule": None if schedule is None else plan.to_dict()}
+        values["loras"] = self._active_loras() or None
         settings = [
             request.settings(image, {**values, "model": self.name_or_path, "seed": one.initial_seed()}, negative_prompt)
             for image, one in zip(lineage.origins, follower.generators, strict=True)
@@ -236,132 +227,12 @@ class VARControlPipeline(DiffusionPipeline):
         """Pictures of a latent (B, d, Hl, Wl), finished or after any scale."""
         return to_pil(self._decode(latent))
 
-    @property
-    def available_controls(self) -> tuple[str, ...]:
-        """Names that `control=` takes."""
-        return tuple(self.controls)
-
-    def load_control(
-        self,
-        source: str | os.PathLike[str],
-        name: str | None = None,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-    ) -> str:
-        """Add a control from a folder or Hub repository under `name`, by default its kind; returns the name."""
-        folder, kind = locate_control(
-            source, name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
-        name = name or kind
-        if name in self.controls:
-            raise ValueError(f'control "{name}" is already loaded; pass another name= or call unload_control first')
-        self.controls[name] = load_control(folder, self.transformer, name)
-        return name
-
-    def unload_control(self, name: str) -> None:
-        """Remove a control and its LoRA from the backbone."""
-        if name not in self.controls:
-            raise ValueError(f'control "{name}" is not loaded; there is {", ".join(self.controls) or "none"}')
-        remove_control(self.transformer, name)
-        del self.controls[name]
-
     def to(self, *args: Any, **kwargs: Any) -> VARControlPipeline:
         """Move to a device or dtype, controls included."""
         super().to(*args, **kwargs)
         for adapter in self.controls.values():
             adapter.to(self.transformer.code_embed.weight)
         return self
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        **kwargs: Any,
-    ) -> VARControlPipeline:
-        """Load "toybox", a folder or a Hub repository, with the controls it holds.
-
-        dtype: float32 unless given; "auto" is `auto_dtype()`, which thinks of the GPU where there is one: for another
-        device pass dtype=auto_dtype(device). The other keywords are diffusers' own: ready components (`vae=...`), call
-        defaults (`guidance_scale=...`), `device_map`, `variant`, ...
-        """
-        if dtype is not None and torch_dtype is not None:
-            raise ValueError("dtype and torch_dtype were both given; pass dtype alone, torch_dtype is its old name")
-        precision = read_dtype(dtype if torch_dtype is None else torch_dtype)
-        folder = locate(
-            pretrained_model_name_or_path,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
-        pipe: VARControlPipeline = super().from_pretrained(str(folder), dtype=precision, **kwargs)
-        pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
-        for config in sorted((folder / "controls").glob(f"*/{CONFIG_FILE}")):
-            pipe.controls[config.parent.name] = load_control(config.parent, pipe.transformer, config.parent.name)
-        card = folder / "README.md"
-        pipe._card = card.read_text(encoding="utf-8") if card.is_file() else None
-        return pipe
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        max_shard_size: int | str | None = None,
-        variant: str | None = None,
-    ) -> None:
-        """Write model_index.json, a folder per component, controls/<name>/ and a model card; weights as safetensors."""
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise ValueError(f"{os.fspath(save_directory)!r} is a file; pass a folder")
-        with lora_detached(self.transformer):  # the controls' LoRA goes into their own folders
-            super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
-        stale = {file.parent.name for file in folder.glob(f"controls/*/{CONFIG_FILE}")} - set(self.controls)
-        if stale:
-            logger.warning("%s also holds controls that this pipeline has not: %s", folder, ", ".join(sorted(stale)))
-        for name, adapter in self.controls.items():
-            save_control(folder / "controls" / name, self.transformer, adapter, name)
-        card = folder / "README.md"
-        if not card.exists():
-            card.write_text(self._card or self._new_card(folder.name), encoding="utf-8")
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        commit_message: str = "Upload VARControlPipeline",
-        create_pr: bool = False,
-        max_shard_size: int | str | None = None,
-        variant: str | None = None,
-    ) -> str:
-        """Save to a Hub repository, made if it is not there; returns the address of the commit."""
-        with tempfile.TemporaryDirectory() as folder:
-            if self._card is None:
-                (Path(folder) / "README.md").write_text(self._new_card(repo_id), encoding="utf-8")
-            self.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
-            return upload(
-                folder, repo_id, private=private, token=token, commit_message=commit_message, create_pr=create_pr
-            )
-
-    def _new_card(self, name: str) -> str:
-        plan = self._plan(None, None, None, None)
-        parameters = sum(p.numel() for p in self.transformer.parameters())
-        return model_card(
-            name, height=plan.height, width=plan.width, parameters=parameters, controls=tuple(self.controls)
-        )
 
     def _plan(
         self,
@@ -412,12 +283,14 @@ class VARControlPipeline(DiffusionPipeline):
                 make_injector,
                 text=made.text,
                 schedule=request.plan,
-                sees_control=request.guidance.sees_control,
                 images_per_prompt=request.images_per_prompt,
             )
+            device, sees = made.text.pooled.device, request.guidance.sees_control
             made.injectors = tuple(
-                make(control, one, network, self.vae.target, self.controls[control.kind].to(made.text.pooled.device))
-                for control, one in encoded
+                make(
+                    control, one, network, self.vae.target, self.controls[control.kind].to(device), sees_control=sees(i)
+                )
+                for i, (control, one) in enumerate(encoded)
             )
         return made
 

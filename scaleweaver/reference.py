@@ -12,7 +12,7 @@ fusions run the same two attentions:
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -58,15 +58,35 @@ def active(index: int, scales: int, start: float = 0.0, end: float = 1.0) -> boo
 
 
 def strengths(
-    scale: float | Sequence[float], scales: int, *, start: float = 0.0, end: float = 1.0
+    scale: float | Sequence[float],
+    scales: int,
+    *,
+    start: float = 0.0,
+    end: float = 1.0,
+    among: Collection[int] | None = None,
 ) -> tuple[float, ...]:
-    """One strength per scale of the schedule, zero outside the window."""
+    """One strength per scale of the schedule, zero outside the window and, if given, for what is not `among`."""
     values = per_scale(scale, scales, "control scale")
     if not 0 <= start <= end <= 1:
         raise ValueError(f"control window start={start}, end={end}: expected 0 <= start <= end <= 1")
     if min(values) < 0:
         raise ValueError(f"control scale {min(values)} is negative; pass 0 (off) or more")
-    return tuple(value if active(index, scales, start, end) else 0.0 for index, value in enumerate(values))
+    return tuple(
+        value if active(index, scales, start, end) and (among is None or index in among) else 0.0
+        for index, value in enumerate(values)
+    )
+
+
+def scale_indices(scales: slice | Sequence[int], count: int) -> tuple[int, ...]:
+    """The chosen ones of `count` scales in ascending order; negative indices count from the last."""
+    if isinstance(scales, slice):
+        return tuple(sorted(range(count)[scales]))
+    try:
+        return tuple(sorted({range(count)[index] for index in scales}))
+    except (TypeError, IndexError):
+        raise ValueError(
+            f"scales is {scales!r}; pass a slice, a range or a list of indices from 0 to {count - 1}"
+        ) from None
 
 
 def token_mask(mask: Tensor, schedule: ScaleSchedule) -> Tensor:
@@ -110,6 +130,15 @@ class ReferenceBank:
         """The bank on another device."""
         keys = {layer: k.to(device) for layer, k in self.keys.items()}
         return replace(self, keys=keys, values={layer: v.to(device) for layer, v in self.values.items()})
+
+    @classmethod
+    def join(cls, banks: Sequence[ReferenceBank]) -> ReferenceBank:
+        """The rows of several banks of one control and schedule."""
+        keys, values = (
+            {layer: torch.cat([part[layer] for part in parts]) for layer in banks[0].values}
+            for parts in ([bank.keys for bank in banks], [bank.values for bank in banks])
+        )
+        return cls(keys, values, banks[0].schedule)
 
     def read(self, layer: int, steps: Steps, scope: Scope) -> tuple[Tensor, Tensor]:
         """Keys and values (Bc, H, K, D) that `steps` may see: their own scales, or all up to them."""

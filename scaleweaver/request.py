@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scaleweaver.conditions import check_prompts, pack
 from scaleweaver.contracts import Control, SamplerState, Search, TextFeatures
-from scaleweaver.guidance import ClassifierFreeGuidance, ControlGuidance
+from scaleweaver.guidance import ClassifierFreeGuidance, ControlGuidance, per_scale
 from scaleweaver.schedule import ScaleSchedule, ScaleStep, infinity_schedule, nearest_schedule
 
 logger = logging.getLogger(__name__)
@@ -52,15 +52,19 @@ class Request:
 
 
 def _remember(control: Control) -> dict[str, Any]:
-    """What settings keep of a control: all but the image."""
-    return {
+    """What settings keep of a settled control: all but the images."""
+    assert not isinstance(control.scales, slice)
+    kept = {
         "kind": control.kind,
         "scale": _plain(control.scale, "control scale"),
         "start": float(control.start),
         "end": float(control.end),
+        "scales": None if control.scales is None else [*control.scales],
+        "control_guidance_scale": _plain(control.control_guidance_scale, "control_guidance_scale"),
         "resize": control.resize,
         "masked": control.mask is not None,
     }
+    return {name: value for name, value in kept.items() if value is not None}
 
 
 class Lineage:
@@ -165,22 +169,27 @@ def _plain(value: Any, name: str) -> Any:
 
 
 def read_guidance(
-    values: Mapping[str, Any], scales: int, controlled: bool, depth: int
+    values: Mapping[str, Any], scales: int, controls: Sequence[Control], active: Sequence[Control], depth: int
 ) -> ClassifierFreeGuidance | ControlGuidance:
-    """Guidance on the text alone, or on text and control apart when control_guidance_scale is there.
+    """Guidance on the text alone, or on text and controls apart where the call or a control has a weight for that.
 
-    With guidance_layer it acts on the hidden state after that of `depth` layers, a negative one counts from the end.
+    `active` are the settled ones of the `controls` that change anything; one without a weight of its own takes that of
+    the call, or 1. With guidance_layer it acts on the hidden state after that of `depth` layers, a negative one counts
+    from the end.
     """
     layer = values["guidance_layer"]
     if layer is not None and not -depth <= layer < depth:
         raise ValueError(f"guidance_layer is {layer}; this model has the layers 0 to {depth - 1}, or {-depth} to -1")
-    if values["control_guidance_scale"] is None:
+    shared, own = values["control_guidance_scale"], [control.control_guidance_scale for control in active]
+    if shared is None and all(scale is None for scale in own):
         return ClassifierFreeGuidance(values["guidance_scale"], scales, None if layer is None else layer % depth)
     if layer is not None:
         raise ValueError("guidance_layer mixes two branches, control_guidance_scale needs three; pass one of them")
-    if not controlled:
+    if not controls:
         raise ValueError("control_guidance_scale was given without a control; pass control= or leave it out")
-    return ControlGuidance(values["guidance_scale"], values["control_guidance_scale"], scales)
+    shared = 1.0 if shared is None else per_scale(shared, scales, "control_guidance_scale")
+    weights = [shared if scale is None else scale for scale in own]
+    return ControlGuidance(values["guidance_scale"], weights, scales)
 
 
 def read_prompts(prompt: str | Sequence[str] | None, prompt_embeds: Any) -> list[str | None]:

@@ -19,12 +19,13 @@ from scaleweaver.adapters import (
     lora_detached,
     lora_enabled,
     remove_control,
+    replace_control,
     save_control,
     trainable_parameters,
 )
 from scaleweaver.backbones.infinity import InfinityTransformer
 from scaleweaver.cache import KVCache
-from scaleweaver.lora import lora_layers, lora_names
+from scaleweaver.lora import lora_layers, lora_names, remove_lora
 from scaleweaver.methods.scaleweaver import ControlAdapter, ScaleWeaverConfig, encode
 from scaleweaver.reference import ReferenceInjector
 from scaleweaver.tokenizers.target import ResidualTarget
@@ -117,6 +118,34 @@ def test_a_style_lora_acts_on_the_image_and_not_on_the_condition() -> None:
     assert torch.equal(logits(backbone), styled) and lora_names(backbone) == ("style",)
 
 
+def test_removing_a_style_that_is_on_switches_no_control_on() -> None:
+    backbone = tiny_backbone()
+    base = logits(backbone)
+    trained(backbone)
+    backbone.add_adapter(LoraConfig(r=2, target_modules=r".*attn\.qkv", init_lora_weights=False), "style")
+    assert not torch.equal(logits(backbone), base)
+    remove_lora(backbone, "style")
+    assert torch.equal(logits(backbone), base) and lora_names(backbone) == ("canny",)
+
+
+def test_a_control_is_replaced_by_one_of_any_form(tmp_path: Path) -> None:
+    other = tiny_backbone()
+    forms = {"same": CONFIG, "alpha": {"lora_alpha": 3}, "rank": {"lora_rank": 2}, "blocks": {"inject_blocks": "all"}}
+    for name, change in forms.items():
+        config = CONFIG if change is CONFIG else ScaleWeaverConfig.from_dict({**CONFIG.to_dict(), **change})  # type: ignore[dict-item]
+        save_control(tmp_path / name, other, trained(other, name, config), name)
+    for name in forms:
+        backbone, fresh = tiny_backbone(), tiny_backbone()
+        held = add_control(backbone, CONFIG, "canny")
+        edition = held.edition
+        adapter = replace_control(tmp_path / name, backbone, held, "canny")
+        assert (adapter is held) == (name in ("same", "alpha")) and adapter.edition != edition
+        loaded = load_control(tmp_path / name, fresh, "canny")
+        assert adapter.config == loaded.config
+        assert torch.equal(logits(backbone, adapter), logits(fresh, loaded))
+        assert all(p.requires_grad for p in trainable_parameters(backbone, adapter, "canny").values())
+
+
 def test_removing_gives_the_plain_model_back() -> None:
     backbone, plain = tiny_backbone(), tiny_backbone()
     trained(backbone)
@@ -140,10 +169,13 @@ def test_the_backbone_saves_without_its_controls(tmp_path: Path) -> None:
     assert again.keys() == plain.keys() and all(torch.equal(again[key], x) for key, x in plain.items())
 
 
-@pytest.mark.parametrize("fusion", ["separate", "joint"])
-def test_round_trip_under_another_name(tmp_path: Path, fusion: str) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"fusion": "joint", "scope": "causal"}, {"inject_blocks": "last_half", "z_init": "normal"}, {"lora_rank": 1}],
+)
+def test_round_trip_under_another_name(tmp_path: Path, change: dict[str, Any]) -> None:
     backbone = tiny_backbone()
-    config = ScaleWeaverConfig.from_dict({**CONFIG.to_dict(), "fusion": fusion})
+    config = ScaleWeaverConfig.from_dict({**CONFIG.to_dict(), **change})
     adapter = trained(backbone, config=config)
     save_control(tmp_path / "canny", backbone, adapter, "canny")
     names = {

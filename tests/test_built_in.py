@@ -82,7 +82,7 @@ def test_edges_steer_the_picture(pipe, scenes):
 def test_a_photo_in_place_of_its_edges_is_noticed(pipe, scenes, caplog):
     photo = scenes[0][0]
     pipe("a red ball", control={"canny": photo}, seed=0, stop_after=1)
-    assert "is a photo, take its edges first" in caplog.text
+    assert "is a photo, make its map first" in caplog.text
     caplog.clear()
     small = canny(photo).resize((96, 96))  # in between: smoothed lines
     for edges in (canny(photo), small):

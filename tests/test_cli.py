@@ -192,6 +192,29 @@ def test_generate_under_a_photo_makes_the_map_as_training_did(model: Path, photo
     assert np.array_equal(draw_again(strong, control=edges), pixels(strong))
 
 
+def test_generate_under_controls_in_their_windows(model: Path, photo: Path, tmp_path: Path) -> None:
+    edges = fit(Canny(30, 90)(photo), 32, 32)
+    edges.save(tmp_path / "e.png")
+    common = ["generate", "a red cube", "-m", model, "--seed", 7, "--dtype", "float32", "--out"]
+    given = ["--control", f"canny={tmp_path / 'e.png'}"]
+    cases: list[tuple[list[Any], dict[str, Any]]] = [
+        (["--control-start", 0.25, "--control-end", 0.75], {"start": 0.25, "end": 0.75}),
+        (["--control-scales", "1:3"], {"scales": [1, 2]}),
+        (["--control-scales", "3,0", "--control-scale", 0.5], {"scales": [0, 3], "scale": 0.5}),
+        (["--control-scales", "-2:"], {"scales": [2, 3]}),
+    ]
+    drawn = []
+    for row, (options, kept) in enumerate(cases):
+        out = tmp_path / f"{row}.png"
+        result = call(*common, out, *given, *options)
+        assert result.exit_code == 0, result.output
+        entry = read_settings(out)["control"][0]
+        assert {name: entry[name] for name in kept} == kept
+        assert np.array_equal(draw_again(out, control=edges), pixels(out))
+        drawn.append(pixels(out))
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[1], drawn[2])
+
+
 def test_generate_names_several_pictures_by_prompt_and_seed(model: Path, tmp_path: Path) -> None:
     result = call("generate", "A red cube!", "grass", "-n", 2, "-m", model, "--seed", 3, "--out", tmp_path / "many")
     assert result.exit_code == 0, result.output
@@ -225,6 +248,9 @@ def test_generate_shows_refusals_of_the_library_in_one_line(model: Path, photo: 
         (["--control", "canny="], "is not KIND=PATH"),
         (["--control", "canny=missing.png"], "there is no file 'missing.png'"),
         (["--control-scale", "1", "--control-scale", "2"], "2 times --control-scale for 0 times --control"),
+        (["--control-end", "1"], "1 times --control-end for 0 times --control"),
+        (["--control-scales", "2-5"], "--control-scales '2-5' is neither FIRST:END"),
+        (["--control-scales", "1:2:3"], "is neither FIRST:END"),
     ],
 )
 def test_generate_checks_controls_before_it_loads_anything(options: list[str], message: str) -> None:

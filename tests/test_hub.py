@@ -13,6 +13,8 @@ import huggingface_hub.constants as hub_constants
 import pytest
 import torch
 from hub_server import Hub, running_hub
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_backbone
 from tiny_pipeline import tiny_pipeline
 
 from scaleweaver.adapters import save_control
@@ -81,6 +83,20 @@ def test_controls_come_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     other = tiny_pipeline()
     assert other.load_control("me/canny-control") == "canny"
     assert torch.equal(latent(other), latent(pipe))
+
+
+def test_loras_come_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=r".*attn\.qkv", init_lora_weights=False)
+    model: Any = get_peft_model(tiny_backbone(), config)  # type: ignore[arg-type]
+    model.save_pretrained(tmp_path / "style")
+    upload(tmp_path / "style", "me/style")
+    pipe, local = tiny_pipeline(), tiny_pipeline()
+    plain = pipe("a red cube", seed=3)
+    assert pipe.load_lora_weights("me/style") == local.load_lora_weights(tmp_path / "style") == "default_0"
+    styled = pipe("a red cube", seed=3)
+    assert torch.equal(styled.latent, local("a red cube", seed=3).latent)
+    assert not torch.equal(styled.latent, plain.latent)
+    assert styled.settings[0]["loras"][0]["source"] == "me/style"
 
 
 def test_only_safe_files_are_downloaded(hub: Hub) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scaleweaver.contracts import Injector
 from scaleweaver.kernels.attention import attend
 from scaleweaver.methods.scaleweaver import ControlAdapter, ScaleWeaverConfig
-from scaleweaver.reference import ReferenceBank, ReferenceInjector, active, strengths, token_mask
+from scaleweaver.reference import ReferenceBank, ReferenceInjector, active, scale_indices, strengths, token_mask
 from scaleweaver.schedule import ScaleSchedule
 
 SCHEDULE = tiny_schedule()
@@ -182,6 +182,8 @@ def test_bank() -> None:
     k, _ = single.read(0, SCHEDULE.steps[1:3], "same")
     assert k.shape[2] == 4 + 9 and k.data_ptr() == single.keys[0][:, :, 1:].data_ptr()
     assert single.read(0, SCHEDULE.steps[1:3], "causal")[0].shape[2] == 1 + 4 + 9
+    joined = ReferenceBank.join([several, single])
+    assert joined.rows == 4 and torch.equal(joined.keys[0][3:], single.keys[0]) and joined.schedule is SCHEDULE
 
 
 def test_bank_of_another_size_is_refused() -> None:
@@ -193,6 +195,21 @@ def test_bank_of_another_size_is_refused() -> None:
     short = ReferenceInjector(bank(), reader(), (1.0, 1.0))  # a run over the first scales only
     step = SCHEDULE.truncate(2).steps[1]
     assert short.inject(0, (step,), normal(1, H, 4, D), normal(1, H, 4, D), None).before_gate is not None
+
+
+def test_scales_by_index() -> None:
+    assert (
+        scale_indices(slice(2, None), 5)
+        == scale_indices(range(2, 5), 5)
+        == scale_indices([4, 2, 3, -1], 5)
+        == (2, 3, 4)
+    )
+    assert scale_indices(slice(None, None, -2), 5) == (0, 2, 4) and scale_indices([], 5) == ()
+    assert scale_indices(np.array([1, 0]), 5) == (0, 1)  # type: ignore[arg-type]
+    wrongs: list[Any] = [[5], [-6], ["1"], [1.5], 3, "2:4"]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match="pass a slice, a range or a list of indices from 0 to 4"):
+            scale_indices(wrong, 5)
 
 
 def test_window_follows_diffusers() -> None:
@@ -209,6 +226,7 @@ def test_window_follows_diffusers() -> None:
     for single in (np.float32(0.5), np.array(0.5), torch.tensor(0.5)):
         assert strengths(single, 4) == (0.5,) * 4  # type: ignore[arg-type]
     assert strengths(np.array([1, 0.5, 0, 2]), 4) == (1, 0.5, 0, 2)  # type: ignore[arg-type]
+    assert strengths(0.8, 4, end=0.75, among=(1, 3)) == (0, 0.8, 0, 0)
     wrongs: list[dict[str, Any]] = [
         {"scale": [1, 1]}, {"scale": -1}, {"scale": [1, float("nan"), 1, 1]}, {"scale": float("inf")}, {"scale": None},
         {"scale": 1, "start": 0.6, "end": 0.5}, {"scale": 1, "end": 1.5}, {"scale": 1, "start": float("nan")},

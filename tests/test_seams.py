@@ -276,15 +276,15 @@ def test_sampler_has_the_last_word():
 def test_guidance_of_one_is_identical_to_none():
     none = run(guidance=ClassifierFreeGuidance(1.0, len(SCHEDULE)))
     assert same(run(guidance=ClassifierFreeGuidance(1.0, len(SCHEDULE)), branches=2), none)
-    assert same(run(guidance=ControlGuidance(1.0, 1.0), branches=3), none)
+    assert same(run(guidance=ControlGuidance(1.0, [1.0], len(SCHEDULE)), branches=3), none)
     assert not same(none, PLAIN)
 
 
 def test_control_guidance_without_controls_is_text_guidance():
     text = [3.0, 2.0, 2.0, 1.5]
-    assert same(run(guidance=ControlGuidance(text, [1.0] * 4)), PLAIN)
+    assert same(run(guidance=ControlGuidance(text, [[1.0] * 4], 4)), PLAIN)
     # two equal null branches cancel, whatever the weight of the control
-    torch.testing.assert_close(run(guidance=ControlGuidance(text, [2.0] * 4)).latent, PLAIN.latent)
+    torch.testing.assert_close(run(guidance=ControlGuidance(text, [[2.0] * 4], 4)).latent, PLAIN.latent)
 
 
 def test_guidance_inside_the_network_differs():
@@ -357,8 +357,8 @@ def test_injector_follows_dropped_and_chosen_rows():
 
 def test_control_guidance_weighs_a_control_that_the_last_branch_does_not_see():
     def controlled(text: float | list[float], control: float | list[float]) -> LoopOutput:
-        guidance = ControlGuidance(text, control, len(SCHEDULE))
-        sees = torch.tensor(guidance.sees_control).repeat_interleave(2)
+        guidance = ControlGuidance(text, [control], len(SCHEDULE))
+        sees = torch.tensor(guidance.sees_control(0)).repeat_interleave(2)
         return run(guidance=guidance, injectors=(Adds(0.5, sees=sees),))
 
     null = run(guidance=ClassifierFreeGuidance(0.0, len(SCHEDULE)))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tiny import TEXT_WIDTH, tiny_backbone, tiny_schedule, tiny_vae
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from scaleweaver.adapters import add_control, trainable_parameters
@@ -17,6 +20,8 @@ from scaleweaver.methods.scaleweaver import ScaleWeaverConfig
 from scaleweaver.pipeline import VARControlPipeline
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "green", "cube", "ball", "on", "grass", "small", "house", "tree"]
+
+PROMPT = "a red cube on grass"
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -62,3 +67,14 @@ def tiny_pipeline(*controls: str, **config: Any) -> VARControlPipeline:
         add_tiny_control(pipe, name, seed)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def edges(seed: int = 0, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    """Random black and white lines, width x height."""
+    width, height = size
+    return Image.fromarray((np.random.default_rng(seed).random((height, width)) < 0.3).astype(np.uint8) * 255)
+
+
+def latent(pipe: VARControlPipeline, prompt: Any = PROMPT, **arguments: Any) -> Tensor:
+    """What a call draws, before the decoder."""
+    return pipe(prompt, **{"seed": 1, "output_type": "latent", **arguments}).latent

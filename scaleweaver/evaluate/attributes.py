@@ -8,7 +8,7 @@ that it cannot prefer the pairs of kind and colour it was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -21,6 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from scaleweaver.hub import built_in_folder
 from scaleweaver.toybox.compose import WORLD
 from scaleweaver.toybox.looks import GROUNDS, SKIES
 from scaleweaver.toybox.people import POSES
@@ -29,6 +30,7 @@ from scaleweaver.toybox.scene import COLORS
 STRIDE = 8  # pixels per cell of the heat maps
 MOST_ITEMS = 6  # peaks read per picture; a scene holds three things
 PERSON = "person"
+FACTS = ("kind", "color", "count", "relation", "pose", "clothes", "ground", "sky", "all")
 
 
 @dataclass(frozen=True)
@@ -99,32 +101,58 @@ class AttributeJudge(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Per cell (B, *, H/8, W/8): "heat" of each kind, "color", "trousers", "pose", and "place": offset of the centre
         from the middle of the cell (x, y) and of the base (y), in cells. Per picture (B, *): "ground", "sky".
         """
+        cell, pooled = self._trunk(images)
+        out = dict(zip(self.sizes, self.cells(cell).split(list(self.sizes.values()), dim=1), strict=True))
+        parts = self.whole(pooled).split(list(self.whole_sizes.values()), dim=1)
+        return out | dict(zip(self.whole_sizes, parts, strict=True))
+
+    def _trunk(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of the cells (B, cell, H/8, W/8) and of the whole picture (B, cell + quarter)."""
         features = [images]
         for stage in self.down:
             features.append(stage(features[-1]))
         _, _, cell, half, quarter = features  # at 1/8, 1/16, 1/32
         half = self.fuse_half(half + _doubled(self.up_half(quarter)))  # (B, *, H/16, W/16)
         cell = self.fuse_cell(cell + _doubled(self.up_cell(half)))  # (B, *, H/8, W/8)
-        out = dict(zip(self.sizes, self.cells(cell).split(list(self.sizes.values()), dim=1), strict=True))
-        pooled = torch.cat([cell.mean((2, 3)), quarter.mean((2, 3))], dim=1)  # (B, *)
-        parts = self.whole(pooled).split(list(self.whole_sizes.values()), dim=1)
-        return out | dict(zip(self.whole_sizes, parts, strict=True))
+        return cell, torch.cat([cell.mean((2, 3)), quarter.mean((2, 3))], dim=1)
+
+    @classmethod
+    def built_in(cls, device: str = "cpu") -> AttributeJudge:
+        """The judge that ships with the package, in eval mode and float32."""
+        folder = built_in_folder("judge")
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"this installation has no judge ({folder} is not there); pass the folder of one, trained with"
+                ' "scaleweaver train recipes/toybox/judge.yaml"'
+            )
+        judge: AttributeJudge = cls.from_pretrained(folder)
+        return judge.float().eval().to(device)
 
     @torch.inference_mode()
     def judge(self, pictures: NDArray[np.uint8], batch: int = 32) -> list[Judgement]:
         """Read pictures (B, H, W, 3) uint8; it was trained at 128 x 128."""
+        found: list[Judgement] = []
+        for images in self._batches(pictures, batch):
+            found += self.read({name: value.float().cpu() for name, value in self(images).items()})
+        return found
+
+    @torch.inference_mode()
+    def features(self, pictures: NDArray[np.uint8], batch: int = 32) -> NDArray[np.float32]:
+        """What the judge makes of whole pictures (B, H, W, 3) uint8 before it names them, (B, F): averaged maps."""
+        parts = [self._trunk(images)[1].float().cpu().numpy() for images in self._batches(pictures, batch)]
+        return np.concatenate(parts)
+
+    def _batches(self, pictures: NDArray[np.uint8], batch: int) -> Iterator[Tensor]:
+        """Pictures as (b, 3, H, W) in [-1, 1] on the judge's device."""
         if pictures.ndim != 4 or pictures.shape[3] != 3 or any(side % 32 for side in pictures.shape[1:3]):
             raise ValueError(
                 f"pictures of shape {pictures.shape}; expected (B, H, W, 3) with sides that are multiples of 32"
             )
         if pictures.dtype != np.uint8:
             raise ValueError(f"pictures are {pictures.dtype}; expected uint8 from 0 to 255")
-        found: list[Judgement] = []
         for start in range(0, len(pictures), batch):
             chunk = torch.from_numpy(np.ascontiguousarray(pictures[start : start + batch])).to(self.device)
-            out = self(chunk.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1)
-            found += self.read({name: value.float().cpu() for name, value in out.items()})
-        return found
+            yield chunk.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1
 
     def read(self, out: Mapping[str, Tensor]) -> list[Judgement]:
         """What `forward` returned, as names and places."""
@@ -169,16 +197,22 @@ def score(judgements: Sequence[Judgement], attributes: Sequence[Mapping[str, Any
     """
     if len(judgements) != len(attributes):
         raise ValueError(f"{len(judgements)} judgements for {len(attributes)} scenes; pass one each")
-    facts: dict[str, list[bool]] = {}
-    for judgement, asked in zip(judgements, attributes, strict=True):
-        best = max(_readings(judgement.items, asked), key=lambda reading: sum(sum(f) for f in reading.values()))
-        best["count"] = [len(judgement.items) == asked["count"]]
-        best["all"] = [all(right for rights in best.values() for right in rights)]
-        best["ground"], best["sky"] = [judgement.ground == asked["ground"]], [judgement.sky == asked["sky"]]
-        for name, rights in best.items():
-            facts.setdefault(name, []).extend(rights)
-    order = ("kind", "color", "count", "relation", "pose", "clothes", "ground", "sky", "all")
-    return {name: float(np.mean(facts[name])) for name in order if facts.get(name)}
+    return shares([facts(one, asked) for one, asked in zip(judgements, attributes, strict=True)])
+
+
+def facts(judgement: Judgement, asked: Mapping[str, Any]) -> dict[str, list[bool]]:
+    """Which of the facts asked of one picture were found, by name; see `score`."""
+    best = max(_readings(judgement.items, asked), key=lambda reading: sum(sum(f) for f in reading.values()))
+    best["count"] = [len(judgement.items) == asked["count"]]
+    best["all"] = [all(right for rights in best.values() for right in rights)]
+    best["ground"], best["sky"] = [judgement.ground == asked["ground"]], [judgement.sky == asked["sky"]]
+    return best
+
+
+def shares(pictures: Sequence[Mapping[str, Sequence[bool]]]) -> dict[str, float]:
+    """Share of right ones among the `facts` of all pictures together, by name."""
+    all_of = {name: [right for found in pictures for right in found.get(name, ())] for name in FACTS}
+    return {name: float(np.mean(rights)) for name, rights in all_of.items() if rights}
 
 
 def _readings(found: Sequence[FoundItem], asked: Mapping[str, Any]) -> list[dict[str, list[bool]]]:

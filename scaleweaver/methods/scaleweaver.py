@@ -28,6 +28,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
+from uuid import uuid4
 
 import torch
 import torch.nn.functional as F
@@ -44,14 +45,17 @@ from scaleweaver.tokenizers.target import ResidualTarget
 
 Modulation = Literal["null", "text"]
 Tokens = Literal["continuous", "quantised"]
+Start = Literal["zero", "normal"]
+Placement = Literal["first_half", "last_half", "every_other", "all"]
 
 
 @dataclass(frozen=True)
 class ScaleWeaverConfig:
     """All choices of one control; saved beside its weights.
 
-    inject_blocks: blocks whose image queries read the condition, None for the first half. lora_alpha: None for the
-    rank. null_tokens: length of the null text whose pool modulates the condition stream. locality: what a score
+    inject_blocks: blocks whose image queries read the condition, by number or by placement, None for the first half.
+    z_init: "normal" starts Z at random (standard deviation 0.02), an ablation. lora_alpha: None for the rank.
+    null_tokens: length of the null text whose pool modulates the condition stream. locality: what a score
     loses per squared grid cell between image token and condition token at the start of training, one learned number
     a block; None for attention by content alone. detector, thresholds and resolution record how the training maps
     were made, so that a user's map can be made alike.
@@ -60,10 +64,11 @@ class ScaleWeaverConfig:
     kind: str
     fusion: Fusion = "separate"
     scope: Scope = "same"
-    inject_blocks: tuple[int, ...] | None = None
+    inject_blocks: tuple[int, ...] | Placement | None = None
     condition_modulation: Modulation = "null"
     condition_tokens: Tokens = "continuous"
     z_position: Position = "before_gate"
+    z_init: Start = "zero"
     locality: float | None = None
     lora_rank: int = 16
     lora_alpha: int | None = None
@@ -77,11 +82,15 @@ class ScaleWeaverConfig:
         # JSON knows lists only
         for name in ("inject_blocks", "lora_targets", "thresholds"):
             value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else tuple(value))
+            placed = name == "inject_blocks" and isinstance(value, str)
+            object.__setattr__(self, name, value if value is None or placed else tuple(value))
         for name, hint in get_type_hints(type(self)).items():
             if getattr(hint, "__origin__", None) is Literal and getattr(self, name) not in get_args(hint):
                 choices = ", ".join(map(repr, get_args(hint)))
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {choices}")
+        if isinstance(self.inject_blocks, str) and self.inject_blocks not in get_args(Placement):
+            choices = ", ".join(map(repr, get_args(Placement)))
+            raise ValueError(f"inject_blocks={self.inject_blocks!r}: expected block numbers, None or one of {choices}")
         if not self.kind:
             raise ValueError("kind is empty; pass the kind of control, for example 'canny'")
         if self.locality is not None and not 0 < self.locality < math.inf:
@@ -93,12 +102,24 @@ class ScaleWeaverConfig:
             )
 
     @property
+    def blocks(self) -> tuple[int, ...]:
+        """The numbers in inject_blocks, which a config that was not resolved may lack."""
+        return self.inject_blocks if isinstance(self.inject_blocks, tuple) else ()
+
+    @property
     def alpha(self) -> int:
         return self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
     def resolve(self, depth: int) -> ScaleWeaverConfig:
         """The same config with the blocks written out for a backbone of this depth."""
-        blocks = tuple(range(max(1, depth // 2))) if self.inject_blocks is None else tuple(sorted(self.inject_blocks))
+        placed = {
+            "first_half": range(max(1, depth // 2)),
+            "last_half": range(depth // 2, depth),
+            "every_other": range(0, depth, 2),
+            "all": range(depth),
+        }
+        given = "first_half" if self.inject_blocks is None else self.inject_blocks
+        blocks = tuple(placed[given] if isinstance(given, str) else sorted(given))
         if not blocks or len(set(blocks)) != len(blocks) or blocks[0] < 0 or blocks[-1] >= depth:
             raise ValueError(f"inject_blocks {blocks}: expected different block numbers from 0 to {depth - 1}")
         return replace(self, inject_blocks=blocks)
@@ -120,13 +141,15 @@ class ControlAdapter(nn.Module):
     """The weights of one control beside its LoRA: Z per injected block, type embedding, affine on the inputs.
 
     Fresh weights change nothing: Z, the type embedding and the shift are zero, the scale is one. With fusion="joint"
-    there is no Z and even fresh weights change the image; that fusion is an ablation.
+    there is no Z and even fresh weights change the image, as they do with z_init="normal"; both are ablations.
+    `edition` names the weights, which a control that is replaced changes: what was encoded before is then of no use.
     """
 
     def __init__(self, config: ScaleWeaverConfig, *, depth: int, width: int, bits: int) -> None:
         super().__init__()
         self.config = config.resolve(depth)
         self.depth, self.width, self.bits = depth, width, bits
+        self.edition = uuid4().hex
         self.input_scale = nn.Parameter(torch.ones(bits))
         self.input_shift = nn.Parameter(torch.zeros(bits))
         self.type_embed = nn.Parameter(torch.zeros(1, 1, width))
@@ -137,13 +160,16 @@ class ControlAdapter(nn.Module):
         if config.fusion == "separate":
             for block in self.blocks:
                 self.z[str(block)] = layer = nn.Linear(width, width)
-                nn.init.zeros_(layer.weight)
+                if config.z_init == "normal":
+                    nn.init.normal_(layer.weight, std=0.02)
+                else:
+                    nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
     @property
     def blocks(self) -> tuple[int, ...]:
         """The injected blocks; the condition stream runs up to the last of them."""
-        return self.config.inject_blocks or ()
+        return self.config.blocks
 
     @property
     def fusion(self) -> Fusion:
@@ -215,11 +241,12 @@ def prefill(
     """`encode` from the condition's tokens (Bc, T, N) on."""
     require_lora(backbone, name)
     steps = schedule.steps
-    modulation, repeats = _modulation(backbone, adapter.config, text, len(inputs))  # (1 | R, 1, 6, C)
-    inputs = inputs.repeat(repeats, 1, 1)  # (Bc | R, T, N)
-    inputs = inputs.to(adapter.input_scale) * adapter.input_scale + adapter.input_shift
-    c = backbone.code_embed(inputs.to(backbone.code_embed.weight.dtype)).float()  # (Bc | R, T, C)
-    c = c + backbone.level_embedding(steps) + adapter.type_embed
+    with lora_enabled(backbone, name):  # a style LoRA may sit in any layer
+        modulation, repeats = _modulation(backbone, adapter.config, text, len(inputs))  # (1 | R, 1, 6, C)
+        inputs = inputs.repeat(repeats, 1, 1)  # (Bc | R, T, N)
+        inputs = inputs.to(adapter.input_scale) * adapter.input_scale + adapter.input_shift
+        c = backbone.code_embed(inputs.to(backbone.code_embed.weight.dtype)).float()  # (Bc | R, T, C)
+        c = c + backbone.level_embedding(steps) + adapter.type_embed
     rope = backbone.rope(steps)
     mask = reference_mask(steps, adapter.scope, c.device)
     keys: dict[int, Tensor] = {}

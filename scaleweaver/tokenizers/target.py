@@ -125,16 +125,29 @@ class ResidualTarget:
         """
         if not 0 <= strength <= 1:
             raise ValueError(f"strength {strength} is no probability; pass a value from 0 to 1")
-        masks = list(flips) if flips is not None else []
         if flips is None:
             device = generator.device if generator is not None else latent.device
-            for step in schedule.steps[: max(layers, 0)]:
-                percent = torch.randint(0, int(100 * strength) + 1, (), generator=generator, device=device)
-                shape = (latent.shape[0], *self.grid(step), self.bits)
-                noise = torch.rand(shape, generator=generator, device=device)
-                masks.append((noise < percent / 100).to(latent.device))  # (B, ph, pw, d)
+            flips = self.draw_flips(latent.shape[0], schedule, strength, layers, generator, device)
+        masks = [mask.to(latent.device) for mask in flips]  # (B, ph, pw, d)
         inputs, labels, _ = self._teacher_forcing(latent, schedule, masks)
         return inputs, labels, masks
+
+    def draw_flips(
+        self,
+        rows: int,
+        schedule: ScaleSchedule,
+        strength: float,
+        layers: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+    ) -> list[Tensor]:
+        """Flip masks (B, ph, pw, d) as `self_correct` draws them for a batch of so many rows."""
+        masks = []
+        for step in schedule.steps[: max(layers, 0)]:
+            percent = torch.randint(0, int(100 * strength) + 1, (), generator=generator, device=device)
+            noise = torch.rand((rows, *self.grid(step), self.bits), generator=generator, device=device)
+            masks.append(noise < percent / 100)  # (B, ph, pw, d)
+        return masks
 
     def _teacher_forcing(
         self, latent: Tensor, schedule: ScaleSchedule, flips: Sequence[Tensor]

@@ -5,27 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scaleweaver.train.trainer import TrainConfig
 
 
 def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path:
-    """Runs, or resumes, the recipe of a yaml file; returns the folder of the result.
+    """Runs, or resumes, the recipe of a yaml file; returns the folder of the result. `overrides` as in `read_config`.
 
-    ``overrides`` replace values of the file (`scaleweaver train FILE --set key=value`); a key with dots reaches into
-    a nested setting. Raises ValueError for a missing file, an unknown recipe name, and a missing or unknown setting.
+    Raises ValueError for an unknown recipe name, and a missing or unknown setting.
     """
-    import yaml
+    from scaleweaver.train.processes import check_setup
+    from scaleweaver.train.trainer import train
 
-    from scaleweaver.train.trainer import TrainConfig, check_setup, train
-
-    path = Path(recipe)
-    if not path.is_file():
-        raise ValueError(f"no training config at {path}; the repository's own are recipes/toybox/*.yaml")
-    values = yaml.safe_load(path.read_text())
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}; expected a mapping of settings")
-    config = TrainConfig.from_mapping(_changed(values, overrides or {}))
-    check_setup()  # before pictures are rendered
+    config = read_config(recipe, overrides)
+    check_setup(config.recipe)  # before pictures are rendered
     if config.recipe == "tokenizer":
         from scaleweaver.train.tokenizer import TokenizerRecipe
 
@@ -42,7 +37,30 @@ def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path:
         from scaleweaver.train.judge import JudgeRecipe
 
         return train(JudgeRecipe(config), config)
-    raise ValueError(f'recipe "{config.recipe}" is unknown; expected tokenizer, backbone, control or judge')
+    if config.recipe == "estimator":
+        from scaleweaver.train.estimator import EstimatorRecipe
+
+        return train(EstimatorRecipe(config), config)
+    raise ValueError(f'recipe "{config.recipe}" is unknown; expected tokenizer, backbone, control, judge or estimator')
+
+
+def read_config(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+    """The settings of a yaml file.
+
+    ``overrides`` replace values of the file (`scaleweaver train FILE --set key=value`); a key with dots reaches into
+    a nested setting. Raises ValueError for a missing file and one that holds no settings.
+    """
+    import yaml
+
+    from scaleweaver.train.trainer import TrainConfig
+
+    path = Path(recipe)
+    if not path.is_file():
+        raise ValueError(f"no training config at {path}; the repository's own are recipes/toybox/*.yaml")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}; expected a mapping of settings")
+    return TrainConfig.from_mapping(_changed(values, overrides or {}))
 
 
 def _changed(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

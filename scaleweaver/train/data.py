@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -27,6 +27,20 @@ from scaleweaver.train.online import BLOCK, OnlineRenders
 
 Pixels = NDArray[np.uint8]
 Source = str | Mapping[str, Any]
+
+
+class Pictures(Protocol):
+    """A numbered list of captioned pictures: renders or photos."""
+
+    @property
+    def online(self) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+    def image(self, row: int) -> Pixels: ...
+
+    def captions(self, row: int) -> list[str]: ...
+
 
 
 class Renders:
@@ -85,13 +99,16 @@ class Renders:
         store, i = self._find(row)
         return np.repeat(store.map("depth", i)[..., None], 3, axis=2)
 
-    def skeleton(self, row: int) -> Pixels | None:
-        """(H, W, 3) drawing of the person's key points, None where there is nobody."""
+    def keypoints(self, row: int) -> NDArray[np.float32] | None:
+        """(18, 3) of the first person: x, y in pixels and visibility; None where there is nobody."""
         store, i = self._find(row)
         points = store.map("keypoints", i)
-        if not points.any():
-            return None
-        return np.asarray(draw_skeleton(points[None], self.image(row).shape[0]))
+        return points if points.any() else None
+
+    def skeleton(self, row: int) -> Pixels | None:
+        """(H, W, 3) drawing of the person's key points, None where there is nobody."""
+        points = self.keypoints(row)
+        return None if points is None else np.asarray(draw_skeleton(points[None], self.image(row).shape[0]))
 
 
 def _opened(source: Source) -> RenderStore | OnlineRenders:
@@ -190,7 +207,7 @@ def cached_latents(
 
 
 @torch.no_grad()
-def encoded(vae: BSQTokenizer, renders: Renders, rows: Sequence[int]) -> NDArray[np.float16]:
+def encoded(vae: BSQTokenizer, renders: Pictures, rows: Sequence[int]) -> NDArray[np.float16]:
     """Continuous latents (B, d, Hl, Wl) of some rows, computed where the tokenizer lies."""
     images = to_images(np.stack([renders.image(row) for row in rows])).to(vae.device, vae.dtype)
     return vae.encode(images).cpu().numpy().astype(np.float16)
@@ -225,14 +242,18 @@ class CachedText:
 @torch.no_grad()
 def cached_text(
     folder: str | os.PathLike[str],
-    encoder: T5EncoderModel,
+    encoder: T5EncoderModel | Callable[[], T5EncoderModel],
     tokenizer: PreTrainedTokenizerFast,
-    renders: Renders,
+    renders: Pictures,
     *,
     max_length: int = 512,
     batch: int = 64,
+    identity: str | None = None,
 ) -> CachedText:
-    """Features of every wording of all renders, computed once per encoder and kept in `folder`."""
+    """Features of every wording of all pictures, computed once per encoder and kept in `folder`.
+
+    With its `identity` the encoder may be a function that loads it, which is called only if something is missing.
+    """
     if renders.online:
         raise ValueError("text of pictures that are rendered when read is not computed ahead; pass text_cache=false")
     path = Path(folder)
@@ -244,10 +265,12 @@ def cached_text(
     lengths = np.array([len(tokens) for tokens in ids])
     offsets = np.cumsum([0, *lengths])
     digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]  # of captions and vocabulary alike
-    mark = {"texts": len(ids), "ids": digest, "fingerprint": fingerprint(encoder)}
+    mark = {"texts": len(ids), "ids": digest, "fingerprint": identity or fingerprint(encoder)}  # type: ignore[arg-type]
     done = path / "text.json"
     if not (done.is_file() and json.loads(done.read_text()) == mark):
         done.unlink(missing_ok=True)
+        if not isinstance(encoder, torch.nn.Module):
+            encoder = encoder()
         shape = (int(offsets[-1]), encoder.config.d_model)
         out = np.lib.format.open_memmap(path / "text.npy", mode="w+", dtype=np.float16, shape=shape)
         # texts of one length need no padding
@@ -255,7 +278,7 @@ def cached_text(
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             tokens = tokenizer.pad({"input_ids": [ids[j] for j in chosen]}, return_tensors="pt").to(encoder.device)
-            states = encoder(**tokens).last_hidden_state.cpu().numpy()  # (B, P, T)
+            states = encoder(**tokens).last_hidden_state.float().cpu().numpy()  # (B, P, T)
             for j, state in zip(chosen, states, strict=True):
                 out[offsets[j] : offsets[j + 1]] = state[: lengths[j]]
         out.flush()

@@ -21,16 +21,15 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    ProjectConfiguration,
-    get_int_from_env,
-    is_tensorboard_available,
-    send_to_device,
-    set_seed,
-)
+from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
 from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
+
+from scaleweaver.train.processes import anyone, average_gradients, check_setup, is_sharded, mean, prepare
+
+OPTIMIZERS = ("adamw", "adamw_fused", "adamw_8bit")
+STATE_FILE = "state.pt"
 
 
 class Options(dict[str, Any]):
@@ -68,6 +67,7 @@ class TrainConfig:
     clip: float = 1.0
     accumulate: int = 1
     ema: float = 0.999
+    optimizer: str = "adamw"  # "adamw_fused": one kernel a step; "adamw_8bit": a quarter of the state, bitsandbytes
     precision: str = "no"  # "bf16" and "fp16": autocast
     seed: int = 0
     log_every: int = 20
@@ -87,7 +87,8 @@ class TrainConfig:
             raise ValueError(
                 f"the training config lacks {', '.join(missing)}; add them to the yaml file or pass --set key=value"
             )
-        for name, choices in (("lr_schedule", ("cosine", "constant")), ("precision", ("no", "bf16", "fp16"))):
+        sets = {"lr_schedule": ("cosine", "constant"), "precision": ("no", "bf16", "fp16"), "optimizer": OPTIMIZERS}
+        for name, choices in sets.items():
             if known.get(name, choices[0]) not in choices:
                 raise ValueError(f"{name} is {known[name]!r}; expected one of {', '.join(choices)}")
         for entry in fields(cls):
@@ -118,7 +119,7 @@ class Recipe(Protocol):
         ...
 
     def batch(self, index: int, size: int) -> Any:
-        """Batch `index`, a pure function of the index."""
+        """Batch `index`, a pure function of the index; in several processes this one's share of the `size` rows."""
         ...
 
     def validate(self, folder: Path, step: int) -> Mapping[str, float]:
@@ -130,43 +131,34 @@ class Recipe(Protocol):
         ...
 
 
-def check_setup() -> None:
-    """Refuses what would go wrong later: several processes, and an installation without the extra `train`."""
-    # the names that accelerate reads; asking it would already wait for the other processes
-    processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
-    if processes > 1:
-        raise ValueError(
-            f"training was launched as {processes} processes, but runs in one; start it with `scaleweaver train` and "
-            "raise batch or accumulate"
-        )
-    if not is_tensorboard_available():
-        raise ValueError('training writes its curves for tensorboard; run pip install "scaleweaver[train]"')
-
-
 def train(recipe: Recipe, config: TrainConfig) -> Path:
     """Runs, or resumes, `config.steps` optimiser steps; returns the folder of the result."""
-    check_setup()
+    check_setup(config.recipe)
     out = Path(config.out)
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(config), indent=1, default=str))
     accelerator = Accelerator(
         mixed_precision=config.precision,
         gradient_accumulation_steps=config.accumulate,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
     )
+    main = accelerator.is_main_process
+    if main:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1, default=str))
     groups = [{**g, "params": list(g["params"])} for g in recipe.parameter_groups()]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-    model, optimizer = accelerator.prepare(recipe.model, optimizer)
     trained = [p for g in groups for p in g["params"]]
+    model, optimizer = prepare(accelerator, recipe, _optimizer(groups, config), trained)
     ema = EMAModel(trained, decay=config.ema, use_ema_warmup=True, power=0.75)
-    accelerator.register_for_checkpointing(ema)
-    step = _resume(accelerator, out)
+    state = _State(recipe.model, optimizer, ema, accelerator.scaler)
+    accelerator.wait_for_everyone()
+    step = state.resume(out)
     ema.to(accelerator.device)  # a checkpoint's averages come back on the CPU
-    log = _Log(out, step)
+    log = _Log(out, step) if main else None
     accelerator.init_trackers("tensorboard")
     deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
-    with _progress() as progress:
+    # all must take part where the weights are spread over processes
+    validates = main or is_sharded(accelerator)
+    with _progress(main) as progress:
         task = progress.add_task(config.recipe, total=config.steps, completed=step, loss="")
         while step < config.steps:
             started = time.monotonic()
@@ -176,25 +168,46 @@ def train(recipe: Recipe, config: TrainConfig) -> Path:
             metrics |= {"lr": config.lr_at(step - 1), "seconds": time.monotonic() - started}
             progress.update(task, completed=step, loss=f"{metrics['loss']:.4f}")
             last = step == config.steps
-            if step % config.log_every == 0 or last:
+            if log and (step % config.log_every == 0 or last):
                 log.row(step, metrics)
                 accelerator.log(metrics, step=step)
             if step % config.validate_every == 0 or last:
-                with _averaged(ema, trained, recipe.model):
-                    values = {f"val_{k}": v for k, v in recipe.validate(out / "samples", step).items()}
-                    recipe.save(out / "result")
-                log.row(step, values)
-                accelerator.log(values, step=step)
+                if validates:
+                    with _averaged(ema, trained, recipe.model):
+                        values = {f"val_{k}": v for k, v in recipe.validate(out / "samples", step).items()}
+                        if main:
+                            recipe.save(out / "result")
+                if log:
+                    log.row(step, values)
+                    accelerator.log(values, step=step)
+                accelerator.wait_for_everyone()
             # one look at the clock for both, so that no run ends without its checkpoint
-            stop = last or time.monotonic() >= deadline
-            if step % config.checkpoint_every == 0 or stop:
-                _checkpoint(accelerator, out, step, config.keep_checkpoints)
+            stop = last or (config.minutes is not None and anyone(time.monotonic() >= deadline))
+            if main and (step % config.checkpoint_every == 0 or stop):
+                state.save(out, step, config.keep_checkpoints)
             if stop:
                 break
-    with _averaged(ema, trained, recipe.model):
-        recipe.save(out / "result")
+    if main:
+        with _averaged(ema, trained, recipe.model):
+            recipe.save(out / "result")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return out / "result"
+
+
+def _optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW in the form that the config names."""
+    values: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer != "adamw_8bit":
+        return torch.optim.AdamW(groups, fused=config.optimizer == "adamw_fused" or None, **values)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            f'optimizer adamw_8bit needs bitsandbytes ({error}); run pip install "scaleweaver[train8bit]", or set '
+            "optimizer to adamw_fused"
+        ) from error
+    return AdamW8bit(groups, **values)
 
 
 def _optimise(
@@ -216,40 +229,75 @@ def _optimise(
         with accelerator.accumulate(model):
             batch = send_to_device(recipe.batch(index, config.batch), accelerator.device)
             loss, metrics = model(batch, config.seed * 1_000_003 + index)
-            accelerator.backward(loss)
+            if loss.requires_grad:  # a slice in which no row sees a control moves nothing
+                accelerator.backward(loss)
             if accelerator.sync_gradients:
+                average_gradients(trained)
                 accelerator.clip_grad_norm_(trained, config.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    value = float(loss.detach())
-    if not math.isfinite(value):
+    values = mean({"loss": float(loss.detach())} | {k: float(v) for k, v in metrics.items()})
+    if not math.isfinite(values["loss"]):
         raise FloatingPointError(
-            f"the loss is {value} at step {step}; lower lr or clip and start again: the run resumes"
+            f"the loss is {values['loss']} at step {step}; lower lr or clip and start again: the run resumes"
         )
-    return {"loss": value} | {k: float(v) for k, v in metrics.items()}
+    return values
 
 
-def _checkpoint(accelerator: Accelerator, out: Path, step: int, keep: int) -> None:
-    """Written beside, then renamed: a kill while writing leaves the previous one whole."""
-    folder = out / "checkpoints" / f"{step:07d}"
-    partial = folder.with_suffix(".partial")
-    accelerator.save_state(str(partial))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-    for old in _checkpoints(out)[:-keep]:
-        shutil.rmtree(old)
+@dataclass(frozen=True)
+class _State:
+    """All that a run goes on from: what trains, its averages and the optimiser; frozen weights come from the model."""
+
+    model: nn.Module
+    optimizer: Any
+    ema: EMAModel
+    scaler: Any  # of fp16
+
+    def save(self, out: Path, step: int, keep: int) -> None:
+        """Written beside, then renamed: a kill while writing leaves the previous one whole."""
+        folder = out / "checkpoints" / f"{step:07d}"
+        partial = folder.with_suffix(".partial")
+        partial.mkdir(exist_ok=True)
+        parts = {"optimizer": self.optimizer.state_dict(), "average": self.ema.state_dict(), "model": self._weights()}
+        torch.save(parts | {"scaler": self.scaler.state_dict() if self.scaler else None}, partial / STATE_FILE)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+        for old in _checkpoints(out)[:-keep]:
+            shutil.rmtree(old)
+
+    def resume(self, out: Path) -> int:
+        """Reads the newest checkpoint; returns its step, 0 without one."""
+        found = _checkpoints(out)
+        if not found:
+            return 0
+        file = found[-1] / STATE_FILE
+        if not file.is_file():
+            raise ValueError(f"{found[-1]} holds no {STATE_FILE}, another version wrote it; remove it to start again")
+        parts = torch.load(file, map_location="cpu", weights_only=True)
+        own = self._weights()
+        here, there = ({(name, x.shape) for name, x in each.items()} for each in (own, parts["model"]))
+        if changed := sorted({name for name, _ in here ^ there}):
+            raise ValueError(
+                f"{file} holds other weights than this run trains ({changed[0]} and {len(changed) - 1} more); go on "
+                "with the settings it began with, or set out to another folder"
+            )
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(parts["model"][name])
+        self.optimizer.load_state_dict(parts["optimizer"])
+        self.ema.load_state_dict(parts["average"])
+        if self.scaler and parts["scaler"]:
+            self.scaler.load_state_dict(parts["scaler"])
+        return int(found[-1].name)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """What changes in training: weights with a gradient, and buffers."""
+        learned = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        return learned | {name: buffer for name, buffer in self.model.named_buffers() if buffer is not None}
 
 
 def _checkpoints(out: Path) -> list[Path]:
     return sorted(p for p in (out / "checkpoints").iterdir() if p.name.isdigit())
-
-
-def _resume(accelerator: Accelerator, out: Path) -> int:
-    found = _checkpoints(out)
-    if not found:
-        return 0
-    accelerator.load_state(str(found[-1]))
-    return int(found[-1].name)
 
 
 @contextmanager
@@ -284,7 +332,7 @@ class _Log:
             csv.writer(f).writerows([step, name, f"{value:.6g}"] for name, value in metrics.items())
 
 
-def _progress() -> Progress:
+def _progress(shown: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -292,6 +340,7 @@ def _progress() -> Progress:
         TextColumn("loss {task.fields[loss]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        disable=not shown,
     )
 
 

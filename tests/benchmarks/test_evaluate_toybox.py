@@ -10,8 +10,10 @@ import pytest
 import torch
 from tiny_pipeline import tiny_pipeline
 
+from scaleweaver.controls.estimator import ToyboxEstimator
 from scaleweaver.evaluate.attributes import AttributeJudge
 
+POSES = "pose (3 scenes with people)"  # of the five
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evaluate_toybox.py"
 
 
@@ -26,36 +28,50 @@ def script():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation")
-    tiny_pipeline("canny").save_pretrained(folder / "model")
-    AttributeJudge(widths=(8, 8, 16, 16, 16)).save_pretrained(folder / "judge")
+    tiny_pipeline("canny", "pose").save_pretrained(folder / "model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AttributeJudge(widths=(8, 8, 16, 16, 16)).save_pretrained(folder / "judge")
+        ToyboxEstimator(widths=(8, 8, 8, 8, 8), size=32).save_pretrained(folder / "estimator")
     return folder
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
     fixed = ["--model", str(folder / "model"), "--out", str(folder / "results/toybox.json"), "--batch", "2"]
-    return [*fixed, "--count", "3", *more]
+    return [*fixed, "--count", "5", "--judge", str(folder / "judge"), "--estimator", str(folder / "estimator"), *more]
 
 
 @pytest.mark.filterwarnings("ignore:the prompt has")
 def test_all_parts_are_measured_written_and_kept(script, folder, capsys):
-    script.main(arguments(folder, "--judge", str(folder / "judge"), "--sheets", str(folder / "sheets")))
+    script.main(arguments(folder, "--sheets", str(folder / "sheets")))
     report = json.loads((folder / "results/toybox.json").read_text())
     parts = report["parts"]
     assert list(parts) == ["tokenizer", "bits", "control", "attributes", "speed"]
-    assert [len(values) for values in parts["bits"].values()] == [4, 4, 4]
+    assert list(parts["bits"]) == ["caption", "empty prompt", "caption and canny", f"caption and {POSES}"]
+    assert {len(values) for values in parts["bits"].values()} == {4}
     assert all(0 <= value <= 1 for values in parts["bits"].values() for value in values)
-    assert parts["control"]["strength 0 equals no control"] is True
-    without, under = parts["control"]["without control"], parts["control"]["strength 1.0"]
-    assert without != under  # the random control does act
-    assert parts["control"]["reconstructed reference"]["f1"] == pytest.approx(parts["tokenizer"]["f1"])
-    assert {"true renders", "tokenizer reconstructions", "prompt alone", "prompt and edges", "other prompts"} <= set(
-        parts["attributes"]
-    )
+    assert list(parts["control"]) == ["canny", "pose"]
+    for part in parts["control"].values():
+        assert part["strength 0 equals no control"] is True
+        assert list(part["rows"]) == [
+            "strength 1.0", "strength 0.5", "without control", "map of another scene",
+            "chance: strength 1.0 against another map", "reconstructed reference", "meter on true renders",
+        ]  # fmt: skip
+    canny, pose = (parts["control"][kind]["rows"] for kind in ("canny", "pose"))
+    assert canny["without control"] != canny["strength 1.0"] != canny["strength 0.5"]  # the random control does act
+    assert canny["reconstructed reference"]["f1"] == pytest.approx(parts["tokenizer"]["f1"])
+    assert canny["meter on true renders"]["f1"] == 1.0
+    assert {row["pictures"] for row in canny.values()} == {5} and {row["pictures"] for row in pose.values()} == {3}
+    assert list(parts["attributes"]) == [
+        "true renders", "tokenizer reconstructions", "prompt alone", "prompt and canny", f"prompt and {POSES}",
+        "other prompts", "judge",
+    ]  # fmt: skip
     assert parts["speed"]["prompt"]["seconds"] >= parts["speed"]["prompt"]["fastest"] > 0
     text = (folder / "results/toybox.md").read_text()
-    assert "| strength 0.5 |" in text and "| prompt and edges |" in text and text in capsys.readouterr().out
+    assert "| strength 0.5 | 5 |" in text and "| prompt and canny |" in text and "PCK@0.1" in text
+    assert text in capsys.readouterr().out
     sheets = {path.name for path in (folder / "sheets").iterdir()}
-    assert sheets == {"reconstructions.png", "prompts.png", "prompts.txt", "control.png"}
+    assert sheets == {"reconstructions.png", "prompts.png", "prompts.txt", "canny.png", "pose.png"}
 
     # a second call measures what is asked again and nothing else
     script.main(arguments(folder, "--parts", "tokenizer,speed", "--again"))
@@ -77,7 +93,7 @@ def test_all_parts_are_measured_written_and_kept(script, folder, capsys):
 def test_pictures_do_not_depend_on_the_batch(script, folder):
     def drawn(batch: str) -> torch.Tensor:
         options = script.read_arguments(arguments(folder, "--parts", "control", "--batch", batch))
-        return torch.from_numpy(script.Evaluation(options).drawn(1.0))
+        return torch.from_numpy(script.Evaluation(options).drawn("canny", 1.0))
 
     assert torch.equal(drawn("1"), drawn("3"))
 
@@ -98,12 +114,17 @@ def test_tables_go_into_documents(script, folder, tmp_path, capsys):
 
 
 def test_bad_arguments(script, folder, capsys):
-    for more, message in (
-        (["--parts", "magic"], "unknown parts magic"),
-        (["--parts", "attributes"], "needs --judge"),
-    ):
-        with pytest.raises(SystemExit):
-            script.main(arguments(folder, *more))
-        assert message in capsys.readouterr().err
-    with pytest.raises(ValueError, match='has no control "depth"'):
-        script.main(arguments(folder, "--parts", "tokenizer", "--control", "depth"))
+    with pytest.raises(SystemExit):
+        script.main(arguments(folder, "--parts", "magic"))
+    assert "unknown parts magic" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has no control depth, it has canny, pose"):
+        script.main(arguments(folder, "--parts", "tokenizer", "--controls", "canny,depth"))
+
+
+@pytest.mark.filterwarnings("ignore:the prompt has")
+def test_a_model_without_controls(script, folder, tmp_path):
+    more = ["--parts", "bits,control,attributes,speed", "--controls", "", "--out", str(tmp_path / "report.json")]
+    script.main(arguments(folder, *more))
+    parts = json.loads((tmp_path / "report.json").read_text())["parts"]
+    assert parts["control"] == {} and list(parts["bits"]) == ["caption", "empty prompt"]
+    assert "prompt" in parts["speed"] and "prompt and canny" not in parts["speed"]

@@ -158,6 +158,18 @@ def test_round_trip_and_batches(tmp_path):
     assert sum(p.numel() for p in AttributeJudge().parameters()) < 1_500_000
 
 
+def test_the_built_in_judge_is_a_folder_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr("scaleweaver.evaluate.attributes.built_in_folder", lambda name: tmp_path / name)
+    with pytest.raises(ValueError, match="this installation has no judge"):
+        AttributeJudge.built_in()
+    judge = tiny_judge()
+    judge.to(torch.bfloat16).save_pretrained(tmp_path / "judge")
+    loaded = AttributeJudge.built_in()
+    assert loaded.dtype == torch.float32 and not loaded.training
+    pictures = draw_batch("test", range(2), size=64).pixels
+    assert loaded.features(pictures).shape == (2, 32) and len(loaded.judge(pictures)) == 2
+
+
 def test_wrong_pictures_and_lists_are_refused():
     judge = tiny_judge()
     with pytest.raises(ValueError, match="multiples of 32"):

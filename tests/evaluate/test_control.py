@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scaleweaver.controls import canny
-from scaleweaver.evaluate.control import canny_f1, edge_f1, psnr
+from scaleweaver.evaluate.control import canny_f1, edge_f1, map_errors, psnr, similarity, stacked_f1
 from scaleweaver.toybox.dataset import draw_batch
 
 
@@ -72,3 +72,35 @@ def test_psnr():
     black, grey = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 51, np.uint8)
     assert psnr(black, black) == float("inf")
     assert psnr(black, grey) == psnr(grey, black) == pytest.approx(20 * np.log10(5))
+
+
+def test_stacked_f1_takes_the_maps_of_a_prompt_as_one():
+    # 3 of 4 and 4 found pixels, then 1 of 8 and 2: 2 * 4 / (4 + 4 + 8 + 2)
+    assert stacked_f1([(3, 4, 4), (1, 8, 2)]) == pytest.approx(8 / 18)
+    assert stacked_f1([(0, 0, 0)]) == 1.0 and stacked_f1([(0, 3, 0)]) == 0.0
+    one = np.roll(lines(), 1, 1) | lines()
+    counts = int((one & lines()).sum()), int(one.sum()), int(lines().sum())
+    assert stacked_f1([counts]) == pytest.approx(edge_f1(one, lines()))
+
+
+def test_map_errors_are_in_levels():
+    black, grey = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 30, np.uint8)
+    assert map_errors(black, grey) == {"mse": 900.0, "rmse": 30.0}
+    half = grey.copy()
+    half[:4] = 0
+    assert map_errors(half, black) == {"mse": 450.0, "rmse": pytest.approx(450**0.5)}
+    with pytest.raises(ValueError, match="two of one size"):
+        map_errors(black, grey[:4])
+
+
+def test_structural_similarity():
+    pytest.importorskip("torchmetrics")
+    rng = np.random.default_rng(0)
+    wanted = rng.integers(0, 256, (32, 32, 3), np.uint8)
+    assert similarity(wanted, wanted) == pytest.approx(1.0)
+    assert similarity(255 - wanted, wanted) < 0 < similarity(wanted // 2, wanted) < 1
+    assert similarity(wanted[..., 0], wanted[..., 0]) == pytest.approx(1.0)
+    large = rng.integers(0, 256, (176, 176), np.uint8)
+    assert similarity(large, large, scales=5) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="pass 1 or 5"):
+        similarity(wanted, wanted, scales=3)

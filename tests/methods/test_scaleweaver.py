@@ -82,6 +82,69 @@ def test_trained_adapter_changes_the_image_and_follows_its_control(fusion: str) 
     assert torch.equal(logits(backbone), base)  # the LoRA is off without its control
 
 
+PLACEMENTS = {"first_half": (0,), "last_half": (1, 2), "every_other": (0, 2), "all": (0, 1, 2)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fusion", ["separate", "joint"])
+@pytest.mark.parametrize("placement", list(PLACEMENTS))
+def test_placement(placement: Any, fusion: Any) -> None:
+    backbone = tiny_backbone()
+    base = logits(backbone)
+    fresh = control(backbone, "fresh", trained=False, inject_blocks=placement, fusion=fusion)
+    assert fresh.blocks == PLACEMENTS[placement]
+    if fusion == "separate":
+        assert torch.equal(logits(backbone, injector(backbone, fresh, "fresh")), base)
+    adapter = control(backbone, inject_blocks=placement, fusion=fusion)
+    reads = injector(backbone, adapter)
+    assert tuple(reads.bank.values) == PLACEMENTS[placement]
+    assert (logits(backbone, reads) - base).abs().max() > 1e-2
+    # the condition stream runs through all blocks up to the last injected one, and its LoRA is in all of them
+    last = PLACEMENTS[placement][-1]
+    wrapped = {int(key.split(".")[2]) for key in trainable_parameters(backbone, adapter, "canny") if "lora_" in key}
+    assert wrapped == set(range(last + 1))
+    assert torch.equal(logits(backbone, injector(backbone, adapter, strengths=(0.0,) * 4)), base)
+
+
+def test_placement_by_name_is_that_by_number() -> None:
+    depths = {7: ((0, 1, 2), (3, 4, 5, 6), (0, 2, 4, 6)), 1: ((0,), (0,), (0,)), 4: ((0, 1), (2, 3), (0, 2))}
+    for depth, blocks in depths.items():
+        for name, expected in zip(("first_half", "last_half", "every_other"), blocks, strict=True):
+            config = ScaleWeaverConfig(kind="canny", inject_blocks=name).resolve(depth)  # type: ignore[arg-type]
+            assert config.inject_blocks == config.blocks == expected
+    assert ScaleWeaverConfig(kind="canny").resolve(7) == ScaleWeaverConfig("canny", inject_blocks="first_half").resolve(
+        7
+    )
+    with pytest.raises(ValueError, match="inject_blocks='middle': expected block numbers, None or one of 'first_half'"):
+        ScaleWeaverConfig(kind="canny", inject_blocks="middle")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_a_projection_that_does_not_start_at_zero() -> None:
+    backbone = tiny_backbone()
+    base = logits(backbone)
+    torch.manual_seed(0)
+    adapter = control(backbone, trained=False, z_init="normal")
+    assert adapter.z["0"].weight.std().item() == pytest.approx(0.02, rel=0.2)  # type: ignore[union-attr]
+    assert (logits(backbone, injector(backbone, adapter)) - base).abs().max() > 1e-4
+    assert ScaleWeaverConfig.from_dict(adapter.config.to_dict()).z_init == "normal"
+    old = {key: value for key, value in adapter.config.to_dict().items() if key != "z_init"}
+    assert ScaleWeaverConfig.from_dict(old).z_init == "zero"
+    with pytest.raises(ValueError, match="z_init='ones': expected one of 'zero', 'normal'"):
+        ScaleWeaverConfig(kind="canny", z_init="ones")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("placement", ["last_half", "every_other"])
+def test_separate_and_joint_controls_add_up(placement: Any) -> None:
+    backbone = tiny_backbone()
+    separate = injector(backbone, control(backbone, "canny", seed=1, inject_blocks=placement), "canny")
+    joint = injector(backbone, control(backbone, "depth", seed=2, fusion="joint", inject_blocks="all"), "depth", seed=8)
+    both = logits(backbone, separate, joint)
+    torch.testing.assert_close(both, logits(backbone, joint, separate), atol=1e-5, rtol=0)
+    assert all((both - logits(backbone, one)).abs().max() > 1e-3 for one in (separate, joint))
+
+
 @torch.no_grad()
 def test_condition_does_not_depend_on_image_or_prompt() -> None:
     backbone = tiny_backbone()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,14 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
+from tiny_runs import TINY, curve, written
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
 
 from scaleweaver import VARControlPipeline
-from scaleweaver.backbones.infinity import InfinityTransformer
-from scaleweaver.contracts import Control
-from scaleweaver.controls.canny import canny
 from scaleweaver.evaluate.attributes import AttributeJudge
 from scaleweaver.tokenizers.bsq import BSQTokenizer
 from scaleweaver.toybox.store import cache_renders
@@ -31,10 +25,6 @@ from scaleweaver.train.data import Renders, as_pixels, cached_latents, shuffled,
 from scaleweaver.train.judge import JudgeRecipe
 from scaleweaver.train.tokenizer import TokenizerRecipe
 from scaleweaver.train.trainer import TrainConfig, train
-from scaleweaver.train.vocabulary import train_vocabulary
-
-SCHEDULE = {"grids": [[1, 1], [2, 2]], "position_grid": [2, 2], "stride": 16}  # pictures of 32 x 32
-TINY = {"steps": 2, "batch": 2, "lr": 1e-3, "warmup": 1, "log_every": 1, "validate_every": 2, "checkpoint_every": 1}
 
 
 class Kill(Exception):
@@ -84,12 +74,6 @@ class NoisyLoss(nn.Module):
 def config(out: Path, **more: Any) -> TrainConfig:
     values = {"recipe": "noisy", "out": str(out), "steps": 6, "batch": 3, "lr": 0.05, "warmup": 2, "accumulate": 2}
     return TrainConfig.from_mapping(values | {"log_every": 1, "validate_every": 3, "checkpoint_every": 3} | more)
-
-
-def curve(out: Path) -> list[list[str]]:
-    """The rows of metrics.csv but for the times."""
-    with (out / "metrics.csv").open(newline="") as file:
-        return [row for row in csv.reader(file) if row[1] != "seconds"]
 
 
 def weights(out: Path) -> dict[str, Tensor]:
@@ -245,7 +229,7 @@ def test_nested_settings_are_changed_and_numbers_read(tmp_path):
 def test_what_training_needs_is_checked_first(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(ValueError, match="launched as 2 processes, but runs in one"):
+        with pytest.raises(ValueError, match="launched as 2 processes, but the recipe noisy runs in one"):
             train(Noisy(), config(tmp_path))
     for package in ("tensorboard", "tensorboardX"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -260,48 +244,6 @@ def test_shuffled_epochs_and_pixels():
     assert shuffled(5, 0, 3, 4) == rows[3:7] and shuffled(5, 1, 0, 10) != rows
     pictures = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
     assert np.array_equal(as_pixels(to_images(pictures)), pictures)
-
-
-def written(folder: Path, values: Any) -> Path:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Path:
-    """The recipes of the built-in model one after the other, two steps each, as a user runs them."""
-    folder = tmp_path_factory.mktemp("recipes")
-    for split, count in (("train", 5), ("val", 2)):
-        cache_renders(
-            folder / split,
-            split,
-            count=count,
-            size=32,
-            supersample=1,
-            captions=2,
-            maps=("depth", "keypoints"),
-            workers=0,
-        )
-    pictures = {"data": str(folder / "train"), "val_data": str(folder / "val")}
-    data = pictures | {"schedule": SCHEDULE}
-    vae = {"bits": 4, "stride": 8, "patch": 2, "fold": 4, "widths": [8, 16], "norm_groups": 4}
-    vae |= {"encoder_blocks": 1, "decoder_blocks": 1}
-    text = {"d_model": 32, "d_ff": 32, "d_kv": 16, "num_layers": 1, "num_heads": 2}
-    transformer = {"depth": 2, "width": 32, "heads": 2, "text_length": 64, "max_scales": 2}
-    recipes: dict[str, dict[str, Any]] = {
-        "tokenizer": data | {"vae": vae, "maps": 0.5},
-        "backbone": data
-        | {"vae": str(folder / "tokenizer/result/vae"), "transformer": transformer, "text_encoder": text}
-        | {"vocabulary": 300, "lr": 1e-2},
-        "control": pictures
-        | {"kind": "canny", "model": str(folder / "backbone/result"), "latents": str(folder / "backbone/latents")}
-        | {"adapter": {"lora_rank": 2}, "lr": 1e-2},
-        "judge": pictures | {"judge": {"widths": [8, 8, 16, 16, 16]}},
-    }
-    for name, options in recipes.items():
-        run(written(folder, TINY | {"recipe": name, "out": str(folder / name)} | options))
-    return folder
 
 
 def test_tokenizer_recipe(results):
@@ -320,99 +262,6 @@ def test_backbone_recipe(results):
     assert {"loss", "accuracy_0", "accuracy_1", "val_loss", "val_accuracy_1"} <= names
     saved = BSQTokenizer.from_pretrained(results / "tokenizer/result/vae").state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in pipe.vae.state_dict().items())  # frozen
-
-
-def test_control_recipe(results):
-    pipe = VARControlPipeline.from_pretrained(results / "backbone/result")
-    pipe.set_progress_bar_config(disable=True)
-    before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
-    assert pipe.load_control(results / "control/result/canny") == "canny"
-    after = pipe.transformer.state_dict()
-    inner = {name.replace(".base_layer", ""): value for name, value in after.items() if "lora_" not in name}
-    assert inner.keys() == before.keys() and all(torch.equal(inner[name], before[name]) for name in before)
-    assert any(layer.weight.abs().sum() > 0 for layer in pipe.controls["canny"].z.values())
-    edges = np.zeros((32, 32, 3), np.uint8)
-    edges[8:24, 8] = 255
-    assert pipe("a red cube", control=Control("canny", edges), seed=0).images[0].size == (32, 32)
-    names = {row[1] for row in curve(results / "control")}
-    assert {"val_loss_with", "val_loss_without", "val_f1", "val_f1_2px"} <= names
-
-
-def test_control_recipe_reads_cached_text(results, tmp_path):
-    values = TINY | {"recipe": "control", "kind": "canny", "model": str(results / "backbone/result")}
-    values |= {"data": str(results / "train"), "val_data": str(results / "val"), "text_dropout": 0.5, "batch": 4}
-    values |= {"latents": str(results / "backbone/latents"), "adapter": {"lora_rank": 2}}
-    losses = []
-    for cached in (True, False):
-        recipe = ControlRecipe(TrainConfig.from_mapping(values | {"out": str(tmp_path), "text_cache": cached}))
-        batches = [recipe.batch(i, 4) for i in range(3)]
-        assert all(("features" in batch) == cached for batch in batches)
-        assert any(batch["drop"].any() for batch in batches) and not all(batch["drop"].all() for batch in batches)
-        with torch.no_grad():
-            losses.append([float(recipe.model(batch, 0)[0]) for batch in batches])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-
-
-def test_control_recipe_trains_the_backbone_along(results, tmp_path):
-    values = TINY | {"recipe": "control", "kind": "canny", "model": str(results / "backbone/result"), "lr": 1e-2}
-    values |= {"data": str(results / "train"), "val_data": str(results / "val"), "control_dropout": 0.5}
-    values |= {"out": str(tmp_path / "run"), "latents": str(results / "backbone/latents"), "backbone_lr_scale": 1.0}
-    values |= {"adapter": {"lora_rank": 2}}
-    shutil.copytree(results / "backbone/result", tmp_path / "start")
-    (tmp_path / "start/README.md").write_text("numbers of other weights")
-    run(written(tmp_path, values | {"model": str(tmp_path / "start")}))
-    assert "numbers of other weights" not in (tmp_path / "run/result/README.md").read_text()
-    start = VARControlPipeline.from_pretrained(results / "backbone/result")
-    pipe = VARControlPipeline.from_pretrained(tmp_path / "run/result")
-    assert pipe.available_controls == ("canny",)
-    pipe.unload_control("canny")
-    for name, learned in (("transformer", True), ("text_encoder", True), ("vae", False)):
-        before, after = (getattr(each, name).state_dict() for each in (start, pipe))
-        assert before.keys() == after.keys()
-        assert any(not torch.equal(before[key], after[key]) for key in before) == learned
-    for wrong in ({"backbone_lr_scale": -1.0}, {"text_cache": True}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            ControlRecipe(TrainConfig.from_mapping(values | wrong))
-
-
-def test_rows_without_the_control_are_as_with_no_adapter(results, tmp_path):
-    values = TINY | {"recipe": "control", "kind": "canny", "model": str(results / "backbone/result")}
-    values |= {"data": str(results / "train"), "val_data": str(results / "val"), "control_dropout": 1.0, "batch": 4}
-    values |= {"latents": str(results / "backbone/latents"), "out": str(tmp_path), "adapter": {"lora_rank": 2}}
-    recipe = ControlRecipe(TrainConfig.from_mapping(values))
-    batch = dict(recipe.batch(0, 4))
-    assert batch["seen"].tolist() == [True, False, False, False]  # one always looks, else nothing would learn
-    for z in recipe.adapter.z.values():
-        torch.nn.init.normal_(z.weight)
-    scores = []
-    for seen in ([0, 0, 0, 0], [0, 1, 0, 1], [1, 1, 1, 1]):
-        for maps in (batch["maps"], batch["maps"].flip(0)):
-            again = batch | {"seen": torch.tensor(seen, dtype=torch.bool), "maps": maps}
-            with torch.no_grad():
-                scores.append(float(recipe.model(again, 0)[0]))
-    assert scores[0] == scores[1] and len(set(scores[1:])) == 5
-
-
-def test_control_recipe_on_an_infinity_schedule_with_text_in_its_condition(tmp_path):
-    vae = BSQTokenizer(bits=2, stride=16, fold=4, widths=[4, 4, 8], encoder_blocks=1, decoder_blocks=1, norm_groups=4)
-    text = T5Config(vocab_size=300, d_model=32, d_ff=32, d_kv=16, num_layers=1, num_heads=2)
-    transformer = InfinityTransformer(bits=2, depth=2, width=32, heads=2, text_width=32, text_length=64, max_scales=7)
-    transformer.init_weights()
-    vocabulary = train_vocabulary(["a red cube on grass"], 300)
-    plan = {"family": "infinity", "budget": "0.06M"}
-    VARControlPipeline(transformer, vae, T5EncoderModel(text), vocabulary, plan).save_pretrained(tmp_path / "model")
-    pictures = {"online": True, "split": "val", "count": 2, "size": 256, "supersample": 1}
-    values = TINY | {"recipe": "control", "kind": "canny", "out": str(tmp_path / "run"), "steps": 1}
-    values |= {"model": str(tmp_path / "model"), "data": pictures, "val_data": pictures | {"start": 9}}
-    adapter = {"lora_rank": 2, "condition_modulation": "text", "thresholds": [30, 60]}
-    run(written(tmp_path, values | {"adapter": adapter}))
-    names = {row[1] for row in curve(tmp_path / "run")}
-    assert {"loss", "accuracy_6", "val_loss_with", "val_f1"} <= names
-    recipe = ControlRecipe(TrainConfig.from_mapping(values | {"adapter": adapter}))
-    edges = np.asarray(canny(recipe.held_out.image(1), 30, 60))
-    assert np.array_equal(recipe.control_map(recipe.held_out, 1), edges) and edges.any()
-    with pytest.raises(ValueError, match="pictures are 128x128, the model draws 256x256"):
-        run(written(tmp_path, values), {"data.size": 128})
 
 
 def test_judge_recipe(results):

@@ -1,0 +1,34 @@
+"""Run by several processes at once (torchrun): the settings of a file, with whole and with sharded frozen weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.tensor import DTensor
+
+from scaleweaver.train.control import ControlRecipe
+from scaleweaver.train.processes import check_setup
+from scaleweaver.train.trainer import TrainConfig, train
+
+
+def main(values: dict[str, Any]) -> None:
+    for name in ("whole", "sharded"):
+        os.environ["ACCELERATE_USE_FSDP"] = str(name == "sharded").lower()  # as `accelerate launch --use_fsdp` sets it
+        config = TrainConfig.from_mapping(values | {"out": str(Path(values["out"]) / name)})
+        check_setup(config.recipe)
+        recipe = ControlRecipe(config)
+        weights = list(recipe.pipe.transformer.parameters())
+        before = sum(p.numel() for p in weights if not p.requires_grad)
+        train(recipe, config)
+        frozen = [p for p in recipe.pipe.transformer.parameters() if not p.requires_grad]
+        here = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in frozen)
+        facts = {"process": recipe.share.index, "frozen": before, "frozen_here": here}
+        (Path(config.out) / f"process-{recipe.share.index}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
