@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from evaluate_toybox import machine, split_at_marks
+from evaluate_toybox import split_at_marks
 from torch.utils.flop_counter import FlopCounterMode
 
 from scaleweaver import Control, VARControlPipeline
@@ -34,6 +34,7 @@ from scaleweaver.doctor import processor
 from scaleweaver.evaluate.attributes import AttributeJudge, score
 from scaleweaver.evaluate.control import canny_f1
 from scaleweaver.evaluate.prompts import explicit_caption
+from scaleweaver.evaluate.report import machine
 from scaleweaver.toybox.dataset import draw_batch
 from scaleweaver.toybox.scene import attributes
 from scaleweaver.train.control import ControlRecipe

@@ -92,14 +92,14 @@ def test_settings_that_save_memory_do(values, tmp_path):
     assert change(values, optimizer="adamw_8bit").optimizer < base.optimizer / 3
     assert change(values, optimizer="adamw_fused").optimizer_step == 0 < base.optimizer_step
     assert change(values, dtype="bfloat16", precision="bf16").frozen < 0.6 * base.frozen
-    assert change(values, batch=1).activations * 1.9 < base.activations
+    assert change(values, batch=1).activations * 1.7 < base.activations  # masks serve all rows
     assert change(values, val_pictures=0).drawing == 0 < base.drawing
-    assert change(values, ratios=["1.0", "3.0"]).tokens > base.tokens
+    assert change(values, ratios=None).tokens > base.tokens
     two = {"canny": {"lora_rank": 4}, "palette": {"lora_rank": 4}}
     without = {key: value for key, value in values.items() if key not in ("kind", "adapter")}
     assert change(without, controls=two).trained > 1.5 * change(without, controls={"canny": {"lora_rank": 4}}).trained
     half = estimate(TrainConfig.from_mapping(values), processes=2)
-    assert half.activations * 1.9 < base.activations and half.frozen == base.frozen
+    assert half.activations * 1.7 < base.activations and half.frozen == base.frozen
     assert dict(base.rows())["peak of training"] == base.training <= base.peak
 
 

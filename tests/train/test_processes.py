@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -46,10 +47,13 @@ def test_two_processes_give_the_losses_of_one(values):
     folder = Path(values["out"])
     run(written(folder, values), {"out": str(folder / "one")})
     (folder / "values.json").write_text(json.dumps(values))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent)}
     launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [sys.executable, *launch, str(SCRIPT), str(folder / "values.json")],
+        [sys.executable, *launch, str(SCRIPT), str(folder / "values.json"), port],
         env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
