@@ -1,6 +1,6 @@
 """Which parts of ScaleWeaver's block matter? One canny adapter a variant, trained alike on a frozen backbone.
 
-python benchmarks/ablations.py --into docs/ablations.md
+python benchmarks/ablations.py --model BUILT_IN_BEFORE --into docs/ablations.md
 python benchmarks/ablations.py --only "as recommended,joint softmax" --set steps=400
 
 The questions are those that public reviews put to the paper (arXiv 2510.14882): separate or joint softmax, which scales
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -88,7 +89,7 @@ def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
 
 def measure(values: Mapping[str, Any], changes: Mapping[str, Any], name: str, scenes: Scenes) -> dict[str, Any]:
     """Train one variant and measure it."""
-    folder = Path(values["out"]) / name.replace(" ", "-")
+    folder = folder_of(values, name)
     settings = {**values, "out": str(folder), "adapter": {**values["adapter"], **changes}}
     settings["latents"] = str(Path(values["out"]) / "latents")  # the same for all
     config = TrainConfig.from_mapping(settings)
@@ -116,7 +117,7 @@ def measure(values: Mapping[str, Any], changes: Mapping[str, Any], name: str, sc
         "gain_at_start": start["gain_canny"],
         "gain": end["val_gain_canny"],
         **found,
-        **cost(pipe, scenes),
+        **work(pipe, scenes),
         "training_seconds": seconds,
     }
 
@@ -128,22 +129,45 @@ def json_metrics(folder: Path) -> dict[str, float]:
 
 
 @torch.no_grad()
-def cost(pipe: VARControlPipeline, scenes: Scenes) -> dict[str, float]:
-    """Work of one picture with its control encoded anew, and the time it takes (median)."""
-    text_reader = pipe.controls["canny"].config.condition_modulation == "text"
+def work(pipe: VARControlPipeline, scenes: Scenes) -> dict[str, float]:
+    """Floating-point operations of one picture with its control encoded anew, and of the encoding alone."""
     with FlopCounterMode(display=False) as drawing:
         pipe(scenes.prompts[0], control={"canny": scenes.edges[0]}, seed=0)
-    times = []
-    for i in range(8):
-        started = time.perf_counter()
-        pipe(scenes.prompts[i % len(scenes.prompts)], control={"canny": scenes.edges[0]}, seed=i)
-        times.append(time.perf_counter() - started)
     result = {"gflop": drawing.get_total_flops() / 1e9}
-    if not text_reader:  # with text there is nothing to encode ahead
+    if pipe.controls["canny"].config.condition_modulation == "null":  # with text there is nothing to encode ahead
         with FlopCounterMode(display=False) as encoding:
             pipe.encode_control(scenes.edges[0], "canny")
         result["gflop_encoding"] = encoding.get_total_flops() / 1e9
-    return result | {"seconds": statistics.median(times[1:])}
+    return result
+
+
+def times(values: Mapping[str, Any], names: Sequence[str], scenes: Scenes, repeats: int = 12) -> dict[str, Any]:
+    """Seconds per picture of all variants, in turns, so that a busy moment does not meet one of them alone."""
+    pipe = VARControlPipeline.from_pretrained(values["model"])
+    pipe.set_progress_bar_config(disable=True)
+    for name in list(pipe.controls):
+        pipe.unload_control(name)
+    for name in names:
+        pipe.load_control(folder_of(values, name) / "result" / "canny", slug(name))
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(repeats + 1):
+        for name in names:
+            started = time.perf_counter()
+            pipe(scenes.prompts[i % len(scenes.prompts)], control={slug(name): scenes.edges[0]}, seed=i)
+            seconds[name].append(time.perf_counter() - started)
+    load = os.getloadavg()[0]
+    return {"threads": torch.get_num_threads(), "load": load} | {
+        n: statistics.median(s[1:]) for n, s in seconds.items()
+    }
+
+
+def slug(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+def folder_of(values: Mapping[str, Any], name: str) -> Path:
+    """Where a variant is trained."""
+    return Path(values["out"]) / slug(name)
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -151,7 +175,8 @@ def table(report: Mapping[str, Any]) -> str:
     settings = report["settings"]
     lines = [
         f"{settings['steps']} steps of {settings['batch']} pictures each; {settings['count']} scenes of the test split;"
-        f" {settings['processor']}, {settings['threads']} threads, torch {report['machine']['versions']['torch']}",
+        f" backbone {settings['backbone']}; {settings['processor']}, torch {report['machine']['versions']['torch']},"
+        f" times with {report['times']['threads']} threads",
         "",
         f"```bash\n{report['command']}\n```",
         "",
@@ -162,7 +187,7 @@ def table(report: Mapping[str, Any]) -> str:
         lines.append(
             f"| {name} | {row['parameters'] / 1e6:.2f} M | {1000 * row['gain']:+.1f}"
             f" | {row['f1_1px']:.3f} ± {row['f1_1px_error']:.3f} | {row['kind']:.2f} ± {row['kind_error']:.2f}"
-            f" | {row['gflop']:.2f} | {1000 * row['seconds']:.0f} |"
+            f" | {row['gflop']:.2f} | {1000 * report['times'][name]:.0f} |"
         )
     base = report["without"]
     lines.append(
@@ -185,7 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--model", help="in place of the recipe's")
     parser.add_argument("--only", help=f"some variants, comma-separated, of: {', '.join(VARIANTS)}")
-    parser.add_argument("--count", type=int, default=96, help="test scenes")
+    parser.add_argument("--count", type=int, default=64, help="test scenes")
+    parser.add_argument("--train-only", action="store_true", help="leave the times and the table for a later call")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe")
     parser.add_argument("--into", type=Path, action="append", default=[], help="documents that show the table")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -199,7 +225,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformer = VARControlPipeline.from_pretrained(values["model"]).transformer
     settings = {name: values[name] for name in ("steps", "batch", "lr", "adapter")}
     settings |= {"count": options.count, "backbone": fingerprint(transformer), "processor": processor()}
-    settings["threads"] = torch.get_num_threads()
     report: dict[str, Any] = {"settings": settings, "machine": machine(), "variants": {}}
     if options.out.is_file():
         before = json.loads(options.out.read_text(encoding="utf-8"))
@@ -217,6 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             print(f"{name}: {report['variants'][name]}", file=sys.stderr)
     report["variants"] = {name: report["variants"][name] for name in VARIANTS if name in report["variants"]}
+    if options.train_only:
+        return
+    report["times"] = times(values, list(report["variants"]), scenes)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for document in options.into:
         head, tail = split_at_marks(document)

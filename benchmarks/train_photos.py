@@ -6,7 +6,7 @@ weights draw nothing, and so the question is not what the pictures look like but
 teacher-forced loss of held-out pictures with their edge maps, and without. The gates of the blocks start open
 (`init_weights(gate=1, head=1)`), since nothing would come through those of a fresh model.
 
-pip install scikit-image
+pip install --no-deps scikit-image
 python benchmarks/train_photos.py [--threads 1]
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -58,7 +59,7 @@ def write_photos(folder: Path) -> dict[str, int]:
     """An imagefolder of all cuts; says how many photos and pictures."""
     found = importlib.util.find_spec("skimage")
     if found is None or not found.submodule_search_locations:
-        raise SystemExit("the photos come from scikit-image; run pip install scikit-image")
+        raise SystemExit("the photos come from scikit-image; run pip install --no-deps scikit-image")
     data = Path(found.submodule_search_locations[0]) / "data"
     folder.mkdir(parents=True)
     lines = []
@@ -92,10 +93,10 @@ def settings(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
         "recipe": "control", "kind": "canny", "model": str(folder / "model"),
         "data": {"photos": str(folder / "photos")}, "out": str(folder / out), "latents": str(folder / "features"),
         "pixels": "0.06M", "held_out": 0.1,
-        "steps": 16, "batch": 2, "lr": 1e-3, "lr_schedule": "constant", "warmup": 2, "clip": 1.0, "ema": 0.0,
+        "steps": 12, "batch": 2, "lr": 1e-3, "lr_schedule": "constant", "warmup": 2, "clip": 1.0, "ema": 0.0,
         "optimizer": "adamw_fused",
         "precision": "bf16", "dtype": "bfloat16", "gradient_checkpointing": True, "log_every": 1,
-        "validate_every": 8, "checkpoint_every": 8, "val_rows": 4, "val_pictures": 0, "strength": 0.3,
+        "validate_every": 6, "checkpoint_every": 6, "val_rows": 4, "val_pictures": 0, "strength": 0.3,
         "control_dropout": 0.0, "adapter": {"lora_rank": 16, "z_position": "after_gate"},
     }  # fmt: skip
     return values | changes
@@ -136,6 +137,47 @@ def one_run(path: Path) -> None:
         (Path(config.out) / "facts.json").write_text(json.dumps(facts))
 
 
+def one_step(path: Path, out: Path) -> None:
+    """What a child process does for the memory: one step of one shape, all that PyTorch allocates on top of weights."""
+    from accelerate import Accelerator
+
+    from scaleweaver.train import read_config
+    from scaleweaver.train.control import ControlRecipe
+    from scaleweaver.train.memory import estimate
+
+    config = read_config(path)
+    recipe = ControlRecipe(config)
+    model = Accelerator(mixed_precision=config.precision).prepare_model(recipe.model, evaluation_mode=True)
+    batch = recipe.batch(0, config.batch)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss, _ = model(batch, 0)
+        loss.backward()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    plan = estimate(config, device="cpu")
+    moment = max(plan.activations + plan.working, plan.encoding_maps) + plan.gradients
+    peak = max(itertools.accumulate(size for _, size in changes))
+    facts = {"allocated_mib": round(peak / 2**20), "predicted_mib": round(moment / 2**20)}
+    out.write_text(json.dumps(facts))
+
+
+def memory(folder: Path) -> dict[str, Any]:
+    """Measured and predicted, for forms of a step of 256x256."""
+    found = {}
+    forms: dict[str, dict[str, Any]] = {
+        "bf16, checkpointing, batch 2": {}, "bf16, checkpointing, batch 4": {"batch": 4},
+        "bf16, batch 2": {"gradient_checkpointing": False},
+        "float32, batch 2": {"gradient_checkpointing": False, "precision": "no", "dtype": "float32"},
+    }  # fmt: skip
+    for name, changes in forms.items():
+        path, out = folder / "step.yaml", folder / "step.json"
+        step = settings(folder, "step", **changes, ratios=["1.0"], latent_cache=False)
+        path.write_text(json.dumps(step), encoding="utf-8")
+        subprocess.run([sys.executable, __file__, "--settings", str(path), "--step", str(out)], check=True)
+        found[name] = json.loads(out.read_text())
+    return found
+
+
 def _of_same_size(maps: Mapping[int, Any], row: int) -> Any:
     """The map of the next row, cut or padded with nothing to this one's size."""
     import numpy as np
@@ -157,7 +199,7 @@ def start(folder: Path, values: Mapping[str, Any], processes: int = 1) -> subpro
     """A child that runs these settings."""
     path = folder / f"{Path(values['out']).name}.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")  # JSON is yaml
-    command = [sys.executable, __file__, "--run", str(path)]
+    command = [sys.executable, __file__, "--settings", str(path)]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29540"]
         command = [sys.executable, *launcher, *command[1:]]
@@ -191,11 +233,16 @@ def killed(folder: Path, values: Mapping[str, Any], after: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help="measure that part alone, keep the other results")
+    parser.add_argument("--settings", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--step", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("PHOTO_THREADS", arguments.threads)))
-    if arguments.run is not None:
-        one_run(arguments.run)
+    if arguments.step is not None:
+        one_step(arguments.settings, arguments.step)
+        return
+    if arguments.settings is not None:
+        one_run(arguments.settings)
         return
     os.environ["PHOTO_THREADS"] = str(arguments.threads)
     started = time.perf_counter()
@@ -203,13 +250,18 @@ def main() -> None:
         folder = Path(name)
         data = write_photos(folder / "photos")
         write_model(folder / "model")
+        if arguments.memory:
+            result = json.loads(RESULT.read_text(encoding="utf-8")) | {"memory_of_a_step": memory(folder)}
+            RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            print(json.dumps(result["memory_of_a_step"], indent=2))
+            return
 
         straight = settings(folder, "straight")
         facts = finished(folder, straight)
-        interrupted = settings(folder, "interrupted", steps=8, validate_every=100, checkpoint_every=3, val_rows=2)
-        steps_done = killed(folder, interrupted, after=5)
+        interrupted = settings(folder, "interrupted", steps=6, validate_every=100, checkpoint_every=3, val_rows=2)
+        steps_done = killed(folder, interrupted, after=4)
         finished(folder, interrupted)
-        whole = settings(folder, "shared", steps=3, validate_every=100, val_rows=2)
+        whole = settings(folder, "shared", steps=2, validate_every=100, val_rows=2)
         finished(folder, whole, processes=2)
         plain = finished(folder, settings(folder, "plain", steps=2, gradient_checkpointing=False, val_rows=2))
         built_in = {
@@ -235,9 +287,10 @@ def main() -> None:
                     metric: curve(straight["out"], f"val_{metric}") for metric in ("loss_without", "loss_canny")
                 },
                 "at_the_end": facts["held_out_loss"],
-                "memory_with_checkpointing": {k: v for k, v in facts.items() if k.endswith("mib")},
-                "memory_without_checkpointing": {k: v for k, v in plain.items() if k.endswith("mib")},
+                "process_with_checkpointing": {k: v for k, v in facts.items() if k.endswith("mib")},
+                "process_without_checkpointing": {k: v for k, v in plain.items() if k.endswith("mib")},
             },
+            "memory_of_a_step": memory(folder),
             "killed_and_resumed": {
                 "killed_after_step": steps_done, "loss": resumed,
                 "largest_difference": max(abs(resumed[s] - losses[s]) for s in resumed),

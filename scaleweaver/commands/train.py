@@ -41,13 +41,12 @@ def train(
     settings |= {key: str(value) for key, value in {"model": model, "out": out}.items() if value is not None}
     from scaleweaver.train import read_config, run
 
-    read = read_config(chosen, settings)
-    if named and read.recipe != recipe:
-        raise ValueError(f"{chosen} holds settings of the recipe {read.recipe}, not of {recipe}; pass another file")
+    if named and (held := read_config(chosen, settings).recipe) != recipe:
+        raise ValueError(f"{chosen} holds settings of the recipe {held}, not of {recipe}; pass another file")
     if estimate:
-        _print_estimate(read, processes)
-        return
-    typer.echo(str(run(chosen, settings)))
+        _print_estimate(read_config(chosen, settings), processes)
+    else:
+        typer.echo(str(run(chosen, settings)))
 
 
 def read_settings(entries: Sequence[str]) -> dict[str, Any]:

@@ -98,6 +98,8 @@ class ControlRecipe:
         self.pipe = VARControlPipeline.from_pretrained(options["model"], dtype=precision, **parts)
         self.pipe.set_progress_bar_config(disable=True)
         self.latent_folder = Path(options.get("latents", Path(config.out) / "latents"))
+        self.pictures: Renders | Photos
+        self.held_out: Renders | Photos
         self.text: CachedText | None = None
         self.held_out_text: CachedText | None = None
         if photos is None:
@@ -150,7 +152,8 @@ class ControlRecipe:
         """Latents of the pictures and, where they are kept, features of their captions."""
         vae, folder = self.pipe.vae, self.latent_folder
         if isinstance(self.pictures, Photos) and isinstance(self.held_out, Photos):
-            self.pictures.check_maps({name: adapter.config for name, adapter in self.pipe.controls.items()})
+            for photos in (self.pictures, self.held_out):
+                photos.check_maps({name: adapter.config for name, adapter in self.pipe.controls.items()})
             cached = options.get("latent_cache", True)
             self.latents = photo_latents(folder / "train", vae, self.pictures, cached=cached)
             self.held_out_latents = photo_latents(folder / "val", vae, self.held_out, cached=cached)
@@ -233,9 +236,9 @@ class ControlRecipe:
             height, width = self._size(self.pictures, rows[0])
             maps[next(iter(maps))][0] = np.zeros((height, width, 3), np.uint8)
         own: dict[str, dict[int, Pixels]] = {}
-        for name, found in maps.items():
-            own[name] = {position - mine.start: pixels for position, pixels in found.items() if position in mine}
-            if found and not own[name] and self.sharded:
+        for name, drawn in maps.items():
+            own[name] = {position - mine.start: pixels for position, pixels in drawn.items() if position in mine}
+            if drawn and not own[name] and self.sharded:
                 own[name][_NOBODY] = np.zeros((*self._size(self.pictures, rows[0]), 3), np.uint8)
         return own
 

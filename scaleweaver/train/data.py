@@ -42,7 +42,6 @@ class Pictures(Protocol):
     def captions(self, row: int) -> list[str]: ...
 
 
-
 class Renders:
     """Pictures of one or several render stores as one list: those that were complete when it was made.
 
@@ -269,16 +268,15 @@ def cached_text(
     done = path / "text.json"
     if not (done.is_file() and json.loads(done.read_text()) == mark):
         done.unlink(missing_ok=True)
-        if not isinstance(encoder, torch.nn.Module):
-            encoder = encoder()
-        shape = (int(offsets[-1]), encoder.config.d_model)
+        reader: T5EncoderModel = encoder if isinstance(encoder, T5EncoderModel) else encoder()
+        shape = (int(offsets[-1]), reader.config.d_model)
         out = np.lib.format.open_memmap(path / "text.npy", mode="w+", dtype=np.float16, shape=shape)
         # texts of one length need no padding
         order = np.argsort(lengths, kind="stable")
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            tokens = tokenizer.pad({"input_ids": [ids[j] for j in chosen]}, return_tensors="pt").to(encoder.device)
-            states = encoder(**tokens).last_hidden_state.float().cpu().numpy()  # (B, P, T)
+            tokens = tokenizer.pad({"input_ids": [ids[j] for j in chosen]}, return_tensors="pt").to(reader.device)
+            states = reader(**tokens).last_hidden_state.float().cpu().numpy()  # (B, P, T)
             for j, state in zip(chosen, states, strict=True):
                 out[offsets[j] : offsets[j + 1]] = state[: lengths[j]]
         out.flush()

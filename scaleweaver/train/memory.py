@@ -14,7 +14,8 @@ a block that reads a control adds the result of that attention and its contiguou
 the same without cross-attention, and two inputs of layers with LoRA: 4 + 4 + (8 or 16) + 6 a C + a hidden. Every
 attention keeps its mask, a L^2; on a CPU in bfloat16 it keeps its weights, (4 + 2) R H L^2. With gradient checkpointing
 all that remains of a block is its float32 input, 4 C, and the keys and values of the bank, 2 a C an injected block;
-one block at a time is whole.
+one block at a time is whole. Before all that the maps go through the tokenizer, five states of its first width and
+of the picture's size.
 
 Of what learns (n numbers, float32): 4n each for weights, gradients and averages, 8n for AdamW's two moments or
 2n + n / 32 in 8 bits. On a GPU add what its driver and the allocator take: 1 GiB is assumed, not measured.
@@ -46,8 +47,10 @@ from scaleweaver.train.trainer import TrainConfig
 
 DRIVER = 2**30  # bytes on a GPU, assumed
 _TOKENIZER_OF = {"125M": "d16", "2B": "d32", "8B": "d56_f8"}
-_FLAN_T5_XL = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_heads": 32, "num_layers": 24, "vocab_size": 32128,
-               "feed_forward_proj": "gated-gelu"}  # fmt: skip
+_FLAN_T5_XL: dict[str, Any] = {
+    "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_heads": 32, "num_layers": 24, "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,15 +123,14 @@ def estimate(config: TrainConfig, *, device: str = "cuda", processes: int = 1) -
     networks = _networks(options)
     transformer, vae = networks.transformer, networks.vae
     schedules = _schedules(networks.schedule, options)
-    trained = 0
-    adapters = []
+    adapters: list[Any] = []
+    learned: list[nn.Parameter] = []
     for name, settings in wanted_controls(options).items():
         fields = {key: value for key, value in settings.items() if key != "start_from"}
         adapters.append(add_control(transformer, ScaleWeaverConfig.from_dict(fields), name))
-        trained += sum(p.numel() for p in trainable_parameters(transformer, adapters[-1], name).values())
+        learned += trainable_parameters(transformer, adapters[-1], name).values()
+    own, trained = {id(p) for p in learned}, sum(p.numel() for p in learned)
     frozen_size = 4 if read_dtype(options.get("dtype")) in (None, torch.float32) else 2
-    own = {id(p) for n, a in zip(wanted_controls(options), adapters, strict=True)
-           for p in trainable_parameters(transformer, a, n).values()}  # fmt: skip
     work = _Work(transformer, vae, adapters, config, options, device, frozen_size)
     rows = config.batch // processes
     longest = max(schedules, key=lambda schedule: schedule.length)
@@ -226,9 +228,11 @@ class _Work:
         return rows * tokens * 4 * (2 * c + 7 * bits)
 
     def encoding(self, rows: int, pixels: int) -> int:
-        """The first layers of the tokenizer on all maps, which have the picture's own size: three states."""
+        """The first layers of the tokenizer on all maps, which have the picture's own size."""
         width = self.vae.config["widths"][0] if self.vae.config["fold"] == 1 else self.vae.config["widths"][1]
-        return rows * self.condition_rows * pixels // self.vae.config["fold"] ** 2 * width * 3 * 4
+        # five states of a residual block; autocast on a GPU has two of them, the norm's and the SiLU's, in float32
+        number = 14 if self.device == "cuda" and self.config.precision != "no" else 5 * self.size
+        return rows * self.condition_rows * pixels // self.vae.config["fold"] ** 2 * width * number
 
     def drawing(self, rows: int, tokens: int, pixels: int) -> int:
         """Keys and values of all scales and both guidance branches, and the decoder on one picture."""

@@ -152,7 +152,7 @@ def _of_table(root: Path, table: Path) -> Iterator[Photo]:
 
         maps = {}
         for column, value in row.items():
-            if column.startswith(MAP) and value:
+            if column.startswith(MAP) and isinstance(value, str) and value:
                 maps[_control(column.removesuffix("_file_name"))] = place(value)
         yield Photo(place(row["file_name"]), _wordings(_first(row)), maps)
 

@@ -25,7 +25,7 @@ from scaleweaver.schedule import BUDGETS, RATIOS, ScaleSchedule, infinity_schedu
 from scaleweaver.toybox.store import SETTINGS
 from scaleweaver.train.data import CachedText, cached_text
 from scaleweaver.train.photos import Photos
-from scaleweaver.train.trainer import Options, TrainConfig
+from scaleweaver.train.trainer import TrainConfig
 
 PHOTO_OPTIONS = frozenset(("pixels", "ratios", "held_out", "latent_cache", "map_cache", "architecture"))
 
@@ -62,7 +62,7 @@ def plan_of(own: Mapping[str, Any], options: Mapping[str, Any]) -> Callable[[int
 
 
 def open_photos(
-    pipe: VARControlPipeline, folder: str, options: Options, config: TrainConfig, cache: Path
+    pipe: VARControlPipeline, folder: str, options: Mapping[str, Any], config: TrainConfig, cache: Path
 ) -> tuple[Photos, Photos]:
     """The photos to train on and those held out, in the shapes of the model."""
     plan = plan_of(pipe.config["schedule"], options)
@@ -86,7 +86,7 @@ def with_records(
     """Settings of the controls with how their maps are made, so that a user's maps can be made alike."""
     square = plan_of(pipe.config["schedule"], options)(1024, 1024)
     side = round(math.sqrt(square.height * square.width))
-    usual = {
+    usual: dict[str, dict[str, Any]] = {
         "canny": {"detector": "opencv-canny", "thresholds": (100, 200)},
         "palette": {"detector": "palette-8"},
     }
@@ -96,7 +96,7 @@ def with_records(
 
 
 def encoded_texts(
-    pipe: VARControlPipeline, options: Options, cache: Path, several: Sequence[Photos]
+    pipe: VARControlPipeline, options: Mapping[str, Any], cache: Path, several: Sequence[Photos]
 ) -> list[CachedText]:
     """Features of all captions; the text encoder is in memory only while something is missing."""
     folder = locate(options["model"]) / "text_encoder"
@@ -107,7 +107,7 @@ def encoded_texts(
     def load() -> T5EncoderModel:
         if not loaded:
             encoder = T5EncoderModel.from_pretrained(folder, dtype=pipe.transformer.dtype)
-            loaded.append(encoder.eval().to(PartialState().device))  # type: ignore[arg-type]
+            loaded.append(encoder.eval().to(PartialState().device))
         return loaded[0]
 
     identity, limit = f"{_files(folder)} {pipe.transformer.dtype}", pipe.transformer.config["text_length"]

@@ -56,7 +56,7 @@ class Photos:
         return cls(find_photos(folder, index), plan, least=least, map_cache=map_cache)
 
     def split(self, share: float) -> tuple[Photos, Photos]:
-        """The photos without a share of them, at least one, and that share; by the names, so others change nothing."""
+        """The photos without a share of them, at least one, and that share, chosen by the names alone."""
         if len(self) < 2 or not 0 < share < 1:
             raise ValueError(f"{len(self)} photos cannot be split by held_out={share}; pass val_data, or more photos")
         order = sorted(range(len(self)), key=lambda row: _digest(self.photos[row].place.name))
@@ -114,7 +114,13 @@ class Photos:
         return np.asarray(replace(_detector(config), **changes)(self.image(row)))
 
     def check_maps(self, wanted: Mapping[str, ScaleWeaverConfig]) -> None:
-        """Refuses a control whose maps nobody can make, before anything is trained."""
+        """Refuses a control whose maps nobody can make or tell apart, before anything is trained."""
+        nameless = [photo.maps[""].name for photo in self.photos if "" in photo.maps]
+        if nameless and len(wanted) > 1:
+            raise ValueError(
+                f"ready maps such as {nameless[0]} do not say for which of the controls {', '.join(wanted)} they are; "
+                f"call them conditioning_image_{next(iter(wanted))} and so on"
+            )
         for name, config in wanted.items():
             lacking = [photo.place.name for photo in self.photos if self._place(name, photo) is None]
             if lacking and config.kind not in KINDS:

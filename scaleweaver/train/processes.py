@@ -58,6 +58,8 @@ class Share:
 class Shardable(Protocol):
     """A recipe whose frozen weights may be spread over processes."""
 
+    model: nn.Module
+
     def sharding(self) -> tuple[list[nn.Module], dict[type[nn.Module], tuple[str, ...]]]:
         """Modules to keep whole (all that trains must be among them), and what is sharded unit by unit: classes with
         their methods other than `forward` that read weights.

@@ -209,6 +209,8 @@ def test_maps_are_cut_like_their_pictures_varied_and_cached(tmp_path):
     assert np.array_equal(photos.exact_map("any", ScaleWeaverConfig(kind="sketch"), 0), whole)
     with pytest.raises(ValueError, match="which no preprocessor makes, and 1 pictures have no ready map"):
         photos.check_maps({"any": ScaleWeaverConfig(kind="sketch")})
+    with pytest.raises(ValueError, match="do not say for which of the controls canny, depth they are"):
+        photos.check_maps({"canny": CANNY, "depth": ScaleWeaverConfig(kind="depth")})
     rng = np.random.default_rng(0)
     varied = [photos.varied_map("canny", CANNY, 1, rng) for _ in range(5)]
     assert len({each.tobytes() for each in varied}) > 1 and all(set(np.unique(each)) <= {0, 255} for each in varied)
