@@ -43,7 +43,7 @@ _GRIDS = ((8, 2), (16, 2), (32, 6))  # strides of the detector, and its anchors 
 _OVERLAP = 0.3  # boxes that share more than this are one person
 _SAME_PERSON = 0.1  # and so are key points that lie closer than this share of the person's size
 _MARGIN = 1.25  # of the cut-out around the circle that the detector puts around a person
-_SAMPLED = 4  # times smaller: from there on pictures are averaged first
+_SAMPLED = 8  # times smaller: from there on pictures are averaged first
 _WINDOW = 7  # cells of the heat map that move a point
 # COCO's seventeen points among the thirty-three
 _COCO_17 = (0, 2, 5, 7, 8, 11, 12, 13, 14, 15, 16, 23, 24, 25, 26, 27, 28)
@@ -168,7 +168,7 @@ def region(hips: Array, rim: Array) -> Region:
 def cut(
     picture: NDArray[np.uint8], where: Region, size: int = LANDMARK_SIZE, border: int = cv2.BORDER_REPLICATE
 ) -> NDArray[np.uint8]:
-    """The pixels of a region, (size, size, 3), sampled as the networks know it; beyond the picture its border goes on."""
+    """The pixels of a region, (size, size, 3), sampled as the networks know it; outside, the border goes on."""
     factor = int(where.side / size)
     if factor >= _SAMPLED:
         # sampling alone would skip most of the pixels

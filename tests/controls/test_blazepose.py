@@ -27,6 +27,12 @@ def logit(p: float) -> float:
     return float(np.log(p / (1 - p)))
 
 
+def dot(picture: np.ndarray, x: float, y: float, radius: float) -> None:
+    """A red dot; places in sixteenths of a pixel."""
+    place = round(16 * x), round(16 * y)
+    cv2.circle(picture, place, round(16 * radius), (255, 0, 0), -1, cv2.LINE_AA, 4)
+
+
 class Finder(nn.Module):
     """A detector that finds given people: x, y of the hips and radius in shares of the square, and a probability."""
 
@@ -112,23 +118,15 @@ def test_region_stands_upright() -> None:
     np.testing.assert_allclose(lying.to_picture(np.array([[0.5, 0.1], [0.9, 0.5]])), [[90, 60], [50, 100]], atol=1e-9)
 
 
-@pytest.mark.parametrize("side", [100.0, 256.0, 900.0])
+@pytest.mark.parametrize("side", [100.0, 256.0, 900.0, 2500.0])  # of the last one the pixels are averaged first
 @pytest.mark.parametrize("angle", [0.0, 0.7, -2.0])
 def test_the_cut_out_shows_what_the_region_says(side: float, angle: float) -> None:
-    picture = np.zeros((700, 600, 3), np.uint8)
-    where = Region(320.0, 310.0, side, angle)
+    picture = np.zeros((int(2.4 * side), int(2.1 * side), 3), np.uint8)
+    where = Region(1.1 * side, 1.2 * side, side, angle)
     marks = np.array([[0.5, 0.5], [0.3, 0.4], [0.7, 0.75]])
     for mark in marks:
         x, y = where.to_picture(mark)
-        cv2.circle(
-            picture,
-            (round(16 * x), round(16 * y)),
-            round(16 * side / 40),
-            (255, 0, 0),
-            -1,
-            cv2.LINE_AA,
-            4,
-        )
+        dot(picture, x, y, side / 40)
     _, _, _, middles = cv2.connectedComponentsWithStats((cut(picture, where)[:, :, 0] > 127).astype(np.uint8))
     found = sorted(middles[1:].tolist(), key=lambda place: place[1])
     np.testing.assert_allclose(found, (marks[[1, 0, 2]] * LANDMARK_SIZE).tolist(), atol=1.2)
@@ -154,7 +152,7 @@ def test_refine_follows_a_sure_heat_map_only() -> None:
 def test_from_the_picture_to_the_joints(height: int, width: int) -> None:
     picture = np.full((height, width, 3), 90, np.uint8)
     spot = np.array([0.6 * width, 0.45 * height])
-    cv2.circle(picture, (round(16 * spot[0]), round(16 * spot[1])), 16 * 3, (255, 0, 0), -1, cv2.LINE_AA, 4)
+    dot(picture, *spot, 3)
     side = max(height, width)
     # the square around the picture begins above it or left of it
     hips = (spot + np.array([side - width, side - height]) / 2) / side
@@ -171,8 +169,8 @@ def test_from_the_picture_to_the_joints(height: int, width: int) -> None:
 
 def test_several_people_and_doubts() -> None:
     picture = np.full((200, 200, 3), 90, np.uint8)
-    cv2.circle(picture, (50, 100), 9, (255, 0, 0), -1)
-    cv2.circle(picture, (150, 100), 9, (255, 0, 0), -1)
+    dot(picture, 50, 100, 9)
+    dot(picture, 150, 100, 9)
     left, right = (0.25, 0.5, 0.1, 0.7), (0.75, 0.5, 0.1, 0.9)
     nobody, unsure = (0.5, 0.85, 0.06, 0.95), (0.25, 0.3, 0.1, 0.4)
     network = BlazePose(Finder(left, right, nobody, unsure), Pointer())
