@@ -62,7 +62,7 @@ class Evaluation:
                 f"{options.model} has no control {', '.join(missing)}, it has {', '.join(loaded) or 'none'};"
                 ' pass some of them as --controls, or --controls ""'
             )
-        self.drawing = Drawing(self.pipe, options.seed, 1, {})
+        self.drawing = Drawing(self.pipe, options.seed, 1, options.batch, {})
         self.schedule = self.drawing.schedule
         self.data = ToyboxExamples(options.split, self.kinds, size=self.schedule.height, people=False)
         self.examples = []
@@ -112,14 +112,8 @@ class Evaluation:
         return self._drawn[key]
 
     def draw(self, rows: Sequence[int], kind: str = "", strength: float = 0.0, maps: Sequence[int] = ()) -> Pixels:
-        parts = []
-        for start in range(0, len(rows), self.options.batch):
-            some = slice(start, start + self.options.batch)
-            control = None
-            if kind:
-                control = Control(kind, [self.examples[i].maps[kind] for i in maps[some]], scale=strength)
-            parts.append(self.drawing.draw([self.prompts[i] for i in rows[some]], rows[some], control))
-        return np.concatenate(parts)
+        control = Control(kind, [self.examples[i].maps[kind] for i in maps], scale=strength) if kind else None
+        return self.drawing.draw([self.prompts[i] for i in rows], rows, control)
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on; results of other settings are not mixed with these."""
@@ -313,7 +307,9 @@ def kept_parts(run: Evaluation, settings: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{options.out} holds numbers of other weights or settings; pass another --out, or --again")
     parts = dict(before["parts"])
     if "attributes" in parts and parts["attributes"]["judge"] != fingerprint(run.judge):
-        parts.pop("attributes", None)
+        parts.pop("attributes")
+    if any(part["meter"] != run.meter(kind).source for kind, part in parts.get("control", {}).items()):
+        parts.pop("control")
     return {name: (value, before["commands"][name]) for name, value in parts.items()}
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 Status = Literal["ok", "note", "problem"]
-EXTRAS = ("train", "eval", "demo", "serve", "dev")
+EXTRAS = ("train", "train8bit", "eval", "hed", "demo", "serve", "dev")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Puts the results of the recipes together as the built-in model: bf16 safetensors in the Hub layout.
 
-python recipes/toybox/assemble.py --model runs/toybox/canny/result --control-guidance-scale 3 --temperature 0.5 \
+python recipes/toybox/assemble.py --model runs/toybox/controls/result --control-guidance-scale 4 --temperature 0.5 \
     --out scaleweaver/assets/toybox
 """
 

@@ -25,9 +25,9 @@ from scaleweaver.toybox.dataset import ToyboxBatch, draw_batch
 from scaleweaver.toybox.drawing import depth_map, draw_skeleton
 from scaleweaver.toybox.scene import VERSION, Person, attributes, sample_scene
 from scaleweaver.train.data import fingerprint
+from scaleweaver.train.photo_files import CAPTIONS, ENDINGS
 
 Pixels = NDArray[np.uint8]
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 EXACT = ("depth", "pose")  # kinds that the built-in world knows without looking at the picture
 
 
@@ -130,8 +130,8 @@ class ToyboxExamples:
 class FolderExamples:
     """Pictures of a folder with captions: imagefolder's metadata.jsonl (file_name, text), or a .txt beside a picture.
 
-    Pictures are cut to (height, width). Targets of "depth" and "pose" are what the detector finds before it is
-    drawn.
+    Of several wordings the first is the prompt; a picture without any is left out. Pictures are cut to (height,
+    width). Targets of "depth" and "pose" are what the detector finds before it is drawn.
     """
 
     def __init__(
@@ -176,17 +176,18 @@ class FolderExamples:
 
 
 def captions(folder: Path) -> list[tuple[Path, str]]:
-    """(picture, caption) of a folder, in the order of its metadata.jsonl or of the file names."""
+    """(picture, first caption) of a folder, in the order of its metadata.jsonl or of the file names."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}; pass toybox, or a folder of pictures with captions")
-    lines = folder / "metadata.jsonl"
-    if lines.is_file():
-        records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
-        pairs = [(folder / record["file_name"], str(record["text"])) for record in records if "text" in record]
+    table = folder / "metadata.jsonl"
+    if table.is_file():
+        given = _of_metadata(table)
     else:
         files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)
         beside = [(file, file.with_suffix(".txt")) for file in files]
-        pairs = [(file, text.read_text(encoding="utf-8").strip()) for file, text in beside if text.is_file()]
+        given = [(file, text.read_text(encoding="utf-8").splitlines()) for file, text in beside if text.is_file()]
+    wordings = [(file, [text.strip() for text in texts if text.strip()]) for file, texts in given]
+    pairs = [(file, texts[0]) for file, texts in wordings if texts]
     if not pairs:
         raise ValueError(
             f"{str(folder)!r} holds no picture with a caption; write a metadata.jsonl with file_name and text in each"
@@ -196,6 +197,23 @@ def captions(folder: Path) -> list[tuple[Path, str]]:
     if missing:
         raise ValueError(f"{str(folder)!r} lacks {len(missing)} pictures that its metadata names: {missing[0]}, ...")
     return pairs
+
+
+def _of_metadata(table: Path) -> list[tuple[Path, list[str]]]:
+    """Pictures of a metadata.jsonl with their wordings, none where it has none."""
+    found = []
+    with table.open(encoding="utf-8") as opened:
+        for number, line in enumerate(opened, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                file = table.parent / record["file_name"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{table}, line {number} is no JSON object with a file_name; correct it") from None
+            texts: Any = next((record[name] for name in CAPTIONS if record.get(name)), [])
+            found.append((file, [str(text) for text in (texts if isinstance(texts, list) else [texts])]))
+    return found
 
 
 def partner(number: int, limit: int | None) -> int:

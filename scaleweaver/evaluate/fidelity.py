@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +64,8 @@ def rows_of(strengths: Sequence[float], baselines: Sequence[str]) -> list[Row]:
     if not strengths or any(strength <= 0 for strength in strengths):
         raise ValueError(f"strengths {list(strengths)}; pass at least one, each above 0, as in 1.0,0.5")
     rows = [Row(f"strength {strength:g}", strength=strength) for strength in strengths]
+    if len({row.name for row in rows}) < len(rows):
+        raise ValueError(f"strengths {list(strengths)} hold one twice; pass each once")
     if "no-control" in baselines:
         rows.append(Row("no control"))
     if "mismatched" in baselines:
@@ -95,7 +97,7 @@ def evaluate_control(
 
     `name` is the control's name in the pipeline, by default the meter's kind. Picture i of a prompt has the seed
     `seed + prompt * images_per_prompt + i`, so a larger `count` extends an earlier run; other weights or settings in
-    the same folder are refused.
+    the same folder are refused. `batch` pictures are drawn at once.
     """
     name = name or meter.kind
     if name not in pipe.available_controls:
@@ -106,11 +108,14 @@ def evaluate_control(
     if examples.limit is not None and count > examples.limit:
         raise ValueError(f"{count} examples are asked for and there are {examples.limit}; pass a smaller count")
     rows = rows_of(strengths, baselines)
+    if examples.limit == 1 and any(row.wrong for row in rows):
+        raise ValueError("the baseline mismatched needs the map of another example and there is one; leave it out")
     settings: dict[str, Any] = {"task": "control", "kind": meter.kind, "control": name, "meter": meter.source}
+    settings["first strength"] = strengths[0]  # that of the baselines
     settings |= model_settings(pipe, [name], call) | examples.settings
     settings |= {"metrics": [c.name for c in meter.columns], "seed": seed, "images_per_prompt": images_per_prompt}
     record = Record(out, settings)
-    drawing = Drawing(pipe, seed, images_per_prompt, call or {})
+    drawing = Drawing(pipe, seed, images_per_prompt, batch, call or {})
 
     for numbers in chunks(count, max(1, batch // images_per_prompt)):
         if on_progress is not None:
@@ -171,8 +176,9 @@ def measure_row(
 class Drawing:
     """The pipeline with the seeds, sizes and call settings of one evaluation."""
 
-    def __init__(self, pipe: Any, seed: int, images_per_prompt: int, call: Mapping[str, Any]) -> None:
-        self.pipe, self.seed, self.images_per_prompt, self.call = pipe, seed, images_per_prompt, dict(call)
+    def __init__(self, pipe: Any, seed: int, images_per_prompt: int, batch: int, call: Mapping[str, Any]) -> None:
+        self.pipe, self.seed, self.images_per_prompt = pipe, seed, images_per_prompt
+        self.batch, self.call = batch, dict(call)
         height, width = self.call.get("height"), self.call.get("width")
         self.schedule: ScaleSchedule = read_schedule(None, pipe.config["schedule"], height, width)
 
@@ -183,10 +189,15 @@ class Drawing:
         return [number * self.images_per_prompt + i for number in numbers for i in range(self.images_per_prompt)]
 
     def draw(self, prompts: Sequence[str], keys: Sequence[int], control: Control | None) -> Pixels:
-        """(B, H, W, 3): a picture per prompt, with the seed of its key."""
-        seeds = [self.seed + key for key in keys]
-        images = self.pipe(list(prompts), control=control, seed=seeds, output_type="np", **self.call).images
-        return np.asarray((images * 255).round(), np.uint8)
+        """(B, H, W, 3): a picture per prompt, with the seed of its key; a control has a list of one image each."""
+        parts = []
+        for start in range(0, len(keys), self.batch):
+            some = slice(start, start + self.batch)
+            own = None if control is None else replace(control, image=control.image[some])
+            seeds = [self.seed + key for key in keys[some]]
+            images = self.pipe(list(prompts[some]), control=own, seed=seeds, output_type="np", **self.call).images
+            parts.append(np.asarray((images * 255).round(), np.uint8))
+        return np.concatenate(parts)
 
 
 def model_settings(pipe: Any, controls: Sequence[str], call: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -35,7 +35,8 @@ PROTOCOLS = {
         note=(
             "four images a prompt at 512, F1 over the four stacked maps (F1, stacked), legacy depth RMSE, mean over"
             " prompts. Theirs: MultiGen-20M validation, Stable Diffusion 1.5, guidance 7.5, 20 steps, and for canny a"
-            " differentiable detector (thresholds 0.1 and 0.2 after a 5x5 Gaussian); here OpenCV's at 100/200."
+            " differentiable detector (thresholds 0.1 and 0.2 after a 5x5 Gaussian); here OpenCV's at 100/200. Theirs"
+            " divides the network's own depth by its maximum, here it is stretched from minimum to maximum before."
         ),
         images_per_prompt=4,
         size=512,

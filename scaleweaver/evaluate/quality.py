@@ -74,7 +74,8 @@ def evaluate_quality(
 ) -> Outcome:
     """Draw, judge and keep everything in the folder `out`, going on where an earlier call stopped; returns the results.
 
-    `controls` are names of the pipeline's controls that are kinds of the examples' maps too.
+    `controls` are names of the pipeline's controls that are kinds of the examples' maps too. `batch` pictures are drawn
+    at once.
     """
     missing = [name for name in controls if name not in pipe.available_controls]
     if missing:
@@ -100,7 +101,7 @@ def evaluate_quality(
     }
     settings |= model_settings(pipe, controls, call) | examples.settings
     record = Record(out, settings)
-    drawing = Drawing(pipe, seed, images_per_prompt, call or {})
+    drawing = Drawing(pipe, seed, images_per_prompt, batch, call or {})
     for numbers in chunks(count, max(1, batch // images_per_prompt)):
         if on_progress is not None:
             on_progress(numbers[0], count)
@@ -138,10 +139,12 @@ def _judge_row(
             pictures = reconstruct(drawing.pipe.vae, pictures, drawing.schedule)
     scores: list[dict[str, Any]] = [{"prompt": e.prompt} for e in each]
     if judge is not None and not row.wrong and all(e.asked is not None for e in each):
-        others = {n: e for n, e in zip(todo, examples.read([partner(n, examples.limit) for n in todo]), strict=True)}
-        for judgement, example, entry in zip(judge.judge(pictures), each, scores, strict=True):
+        judgements = judge.judge(pictures)
+        for judgement, example, entry in zip(judgements, each, scores, strict=True):
             entry["facts"] = facts(judgement, example.asked or {})
-            if row.name == "prompts":
+        if row.name == "prompts":  # the same pictures, judged by the prompts of other scenes
+            others = dict(zip(todo, examples.read([partner(n, examples.limit) for n in todo]), strict=True))
+            for judgement, example, entry in zip(judgements, each, scores, strict=True):
                 entry["other facts"] = facts(judgement, others[example.number].asked or {})
     for key, picture, entry in zip(keys, pictures, scores, strict=True):
         kept.write(key, entry, picture=picture)

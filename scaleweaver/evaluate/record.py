@@ -30,8 +30,8 @@ class Record:
 
     def row(self, name: str) -> RowRecord:
         if name not in self._rows:
-            slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-            self._rows[name] = RowRecord(self.folder / "rows" / slug)
+            # letters of controls' names stay as they are: my_canny is not my-canny
+            self._rows[name] = RowRecord(self.folder / "rows" / re.sub(r"[^A-Za-z0-9._-]+", "-", name))
         return self._rows[name]
 
 

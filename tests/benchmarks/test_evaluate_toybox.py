@@ -82,6 +82,13 @@ def test_all_parts_are_measured_written_and_kept(script, folder, capsys):
     kept = json.loads((folder / "results/toybox.json").read_text())
     assert kept["parts"] == later["parts"]
     assert kept["commands"]["bits"] == report["commands"]["bits"] != kept["commands"]["speed"]
+    # a part by another meter no longer holds
+    old = {**kept["parts"]["control"], "pose": {**kept["parts"]["control"]["pose"], "meter": "another estimator"}}
+    stale = {**kept, "parts": {**kept["parts"], "control": old}}
+    (folder / "results/toybox.json").write_text(json.dumps(stale))
+    script.main(arguments(folder, "--parts", "bits"))
+    text = (folder / "results/toybox.md").read_text()
+    assert "| strength 0.5 |" not in text and "| prompt and canny |" in text
     other = arguments(folder, "--parts", "tokenizer", "--seed", "5")
     with pytest.raises(ValueError, match="numbers of other weights or settings"):
         script.main(other)

@@ -73,6 +73,22 @@ def test_pictures_with_text_files_or_metadata(folder: Path):
     assert len(np.unique(example.maps["palette"].reshape(-1, 3), axis=0)) <= 16
 
 
+def test_captions_as_training_reads_them(folder: Path):
+    """Several wordings, other names of the column, separators inside of a line; none at all."""
+    (folder / "0.txt").write_text("\n first \nsecond\n")
+    (folder / "1.txt").write_text(" \n")
+    assert [(file.name, text) for file, text in captions(folder)] == [("0.png", "first"), ("2.png", "scene 2")]
+    lines = [{"file_name": "0.png", "caption": "one\u2028line"}, {"file_name": "1.png", "captions": ["a", "b"]},
+             {"file_name": "2.png", "text": ""}]  # fmt: skip
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+    assert [(file.name, text) for file, text in captions(folder)] == [("0.png", "one\u2028line"), ("1.png", "a")]
+    for wrong in ('{"text": "x"}\n', "[1]\n", "no json\n"):
+        (folder / "metadata.jsonl").write_text(text + wrong, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"metadata\.jsonl, line 4 is no JSON object with a file_name"):
+            captions(folder)
+
+
 @pytest.mark.parametrize("kind", ["canny", "palette", "grey"])
 def test_maps_are_found_again_in_the_pictures_they_came_from(folder: Path, kind: str):
     data = FolderExamples(folder, (kind,), height=32, width=32)

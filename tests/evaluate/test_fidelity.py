@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 from PIL import Image
 from tiny_pipeline import tiny_pipeline
 
-from scaleweaver.evaluate.examples import ToyboxExamples, meter_of
-from scaleweaver.evaluate.fidelity import chunks, evaluate_control, rows_of
-from scaleweaver.evaluate.report import Outcome, markdown, write
+from scaleweaver.contracts import Control
+from scaleweaver.evaluate.examples import FolderExamples, ToyboxExamples, meter_of
+from scaleweaver.evaluate.fidelity import Drawing, chunks, evaluate_control, rows_of
+from scaleweaver.evaluate.record import Record
+from scaleweaver.evaluate.report import Card, Outcome, Panel, markdown, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt has")
 ROWS = ["strength 1", "strength 0.5", "no control", "mismatched", "chance", "reconstruction", "true pictures"]
@@ -91,6 +94,17 @@ def test_pictures_do_not_depend_on_the_batch(pipe, complete, tmp_path):
     assert list(results["rows"]) == ["strength 1", "strength 0.5", "true pictures"]
 
 
+def test_no_more_than_a_batch_is_drawn_at_once(pipe):
+    sizes: list[int] = []
+    call = {"callback_on_step_end": lambda pipe, index, step, seen: sizes.append(len(seen["latent"]))}
+    examples = ToyboxExamples("test", ("canny",), size=32).read(range(3))
+    control = Control("canny", [example.maps["canny"] for example in examples])
+    prompts = [example.prompt for example in examples]
+    parts = Drawing(pipe, 0, 1, 2, call).draw(prompts, [0, 1, 2], control)
+    assert set(sizes) == {1, 2}
+    assert np.array_equal(parts, Drawing(pipe, 0, 1, 3, {}).draw(prompts, [0, 1, 2], control))
+
+
 def test_rows_and_scenes_can_be_added_later(pipe, tmp_path):
     few = evaluated(pipe, tmp_path, "palette", count=2, baselines=(), strengths=(1.0,)).results
     assert [row["pictures"] for row in few["rows"].values()] == [2, 2] and few["rows"]["true pictures"]["rmse"] == 0
@@ -104,6 +118,8 @@ def test_other_weights_or_settings_are_refused(pipe, complete, tmp_path):
     shutil.copytree(complete[0], out)
     with pytest.raises(ValueError, match=r"made with other settings \(seed 0 -> 5\)"):
         evaluated(pipe, out, images_per_prompt=2, seed=5)
+    with pytest.raises(ValueError, match=r"first strength 1\.0 -> 0\.5"):  # that of the rows mismatched and chance
+        evaluated(pipe, out, images_per_prompt=2, strengths=(0.5, 1.0))
     with pytest.raises(ValueError, match="call"):
         evaluated(pipe, out, images_per_prompt=2, call={"guidance_scale": 2.0})
     other = tiny_pipeline("canny", "palette")
@@ -121,7 +137,25 @@ def test_bad_arguments(pipe, tmp_path):
         rows_of([1.0], ["magic"])
     with pytest.raises(ValueError, match="each above 0"):
         rows_of([1.0, 0.0], [])
+    with pytest.raises(ValueError, match="hold one twice"):
+        rows_of([1.0, 0.5, 1.0], [])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_single_example_has_no_other_map(pipe, tmp_path):
+    Image.fromarray(ToyboxExamples("test", size=32).read([0])[0].reference).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a red cube")
+    data = FolderExamples(tmp_path, ("canny",), height=32, width=32)
+    with pytest.raises(ValueError, match="mismatched needs the map of another example"):
+        evaluate_control(pipe, data, meter_of("canny", data), tmp_path / "out", count=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_look_alike_have_their_own_folders(tmp_path):
+    record = Record(tmp_path, {})
+    rows = [record.row(f"prompts and {name}") for name in ("my_canny", "my-canny", "My_canny")]
+    rows[0].write(0, {"f1": 1.0})
+    assert rows[1].scores == {} and len({row.folder for row in rows}) == 3
 
 
 def test_chunks_keep_neighbours_together():
@@ -137,6 +171,18 @@ def test_the_report_is_one_page_that_asks_for_nothing_else(complete):
     assert "prefers-color-scheme" in page and "width=device-width" in page
     assert "scaleweaver evaluate control &lt;x&gt;" in page and "<p class=note>a note</p>" in page
     assert "The worst ones" in page and ToyboxExamples("test", size=32).read([0])[0].prompt in page
+
+
+def test_no_text_becomes_a_part_of_the_page(complete, tmp_path):
+    """Captions, names and notes come from elsewhere."""
+    outcome, evil = complete[1], '"><script>alert(1)</script>'
+    results = {**outcome.results, "model": evil, "rows": {evil: outcome.results["rows"]["chance"]}}
+    results |= {"row_notes": {evil: evil}, "settings": {**results["settings"], "data": evil, "meter": evil}}
+    card = Card([(evil, np.zeros((2, 2, 3), np.uint8))], evil, evil)
+    hostile = replace(outcome, results=results, panels=[Panel(evil, evil, [card])], lead=evil)
+    write(tmp_path, hostile, title=evil, notes=[evil], command=evil)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and '""' not in page.partition("</style>")[2] and page.count("&lt;script&gt;") > 12
 
 
 def test_files_for_programs_and_documents(complete):
