@@ -23,8 +23,8 @@ from scaleweaver.images import read_image
 DepthMap = NDArray[np.float32]
 HUB_MODEL = "depth-anything/Depth-Anything-V2-Small-hf"
 INSTEAD = 'without the Hub there is model="toybox", for pictures of the built-in world'
-# families whose networks give distances; of the others some say so in depth_estimation_type
-METRIC_FAMILIES = ("chmv2", "depth_pro", "glpn", "zoedepth")
+# families that end in distances; of the others some say so in depth_estimation_type
+METRIC_FAMILIES = ("depth_pro", "glpn", "tipsv2_dpt", "zoedepth")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,10 @@ class _TransformersDepth:
 
     def __init__(self, model: str, folder: Path, config: dict[str, Any], metric: bool | None, device: str) -> None:
         from transformers import AutoModelForDepthEstimation
+        from transformers.utils import is_torchvision_available
 
+        if config.get("model_type") == "zoedepth" and not is_torchvision_available():
+            raise ValueError(f"{model!r} is a ZoeDepth, which transformers reads with torchvision alone; install that")
         self.model = model
         self.processor, self.network = load_network(model, folder, AutoModelForDepthEstimation, device)
         by_config = config.get("depth_estimation_type") == "metric" or config.get("model_type") in METRIC_FAMILIES
@@ -94,10 +97,11 @@ class _TransformersDepth:
 
     def __call__(self, picture: Pixels) -> DepthMap:
         outputs = answer(self.model, self.processor, self.network, picture)
-        depth = outputs.predicted_depth[0].float().cpu().numpy()
+        # takes off the margins that some families put around a picture; others end in inverse depth until here
+        (found,) = self.processor.post_process_depth_estimation(outputs, [picture.shape[:2]])
+        depth = found["predicted_depth"].reshape(picture.shape[:2]).float().cpu().numpy()  # (H, W)
         if self.metric:
             depth = 1 / np.maximum(depth, 1e-3)
-        depth = _resized(depth, (picture.shape[1], picture.shape[0]))
         low, high = float(depth.min()), float(depth.max())
         return (depth - low) / max(high - low, 1e-12)
 

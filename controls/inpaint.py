@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +14,7 @@ from scaleweaver.images import fit, read_image
 MARK = (255, 0, 255)  # magenta, which photos rarely hold
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Inpaint(Preprocessor):
     """mask: a picture of any kind and of the photo's size, white where it is to be drawn anew. color: RGB of the mark.
 
@@ -23,7 +23,7 @@ class Inpaint(Preprocessor):
 
     kind: ClassVar[str] = "inpaint"
 
-    mask: Any
+    mask: Any = field(hash=False)  # pictures are compared by their pixels, and have no hash
     color: tuple[int, int, int] = MARK
 
     def __post_init__(self) -> None:

@@ -15,15 +15,20 @@ if TYPE_CHECKING:
 
 
 def choose_device(device: str) -> torch.device:
-    """A device by its name; "auto" is the GPU where there is one, else the CPU."""
+    """A device of this machine by its name; "auto" is the GPU where there is one, else the CPU."""
     import torch
 
+    gpus, apple = torch.cuda.device_count() * torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if gpus else "mps" if apple else "cpu"
     try:
-        return torch.device(device)
-    except RuntimeError:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
         raise ValueError(f"device={device!r}; pass auto, cpu, cuda, cuda:1 or mps") from None
+    if (chosen.type == "cuda" and (chosen.index or 0) >= gpus) or (chosen.type == "mps" and not apple):
+        found = [f"cuda:{i}" for i in range(gpus)] + ["mps"] * apple
+        raise ValueError(f"device={device!r} is not on this machine; pass {' or '.join(['auto', 'cpu', *found])}")
+    return chosen
 
 
 def locate_network(model: str, *, built_in: tuple[str, ...], instead: str) -> tuple[Path, dict[str, Any]]:
@@ -46,6 +51,7 @@ def load_network(model: str, folder: Path, network_class: Any, device: str) -> t
     """(image processor, network in evaluation mode) of a folder, by one of transformers' Auto classes."""
     from transformers import AutoImageProcessor
 
+    target = choose_device(device)
     try:
         # without torchvision transformers takes the processors that work on PIL and numpy
         processor = AutoImageProcessor.from_pretrained(folder)
@@ -58,7 +64,7 @@ def load_network(model: str, folder: Path, network_class: Any, device: str) -> t
             f"{model!r} cannot be loaded for {task} ({str(error).strip().splitlines()[0]}); pass a network of that task"
             " with its preprocessor_config.json and weights as safetensors"
         ) from error
-    return processor, network.eval().to(choose_device(device))
+    return processor, network.eval().to(target)
 
 
 def answer(model: str, processor: Any, network: Any, picture: Pixels) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -22,6 +23,7 @@ HUB_MODEL = "openmmlab/upernet-convnext-small"
 INSTEAD = "without the Hub, `palette` says which colours are where, and renders of the built-in world have exact masks"
 # families that find masks of things first and then say what each is
 MASK_FAMILIES = ("detr", "eomt", "eomt_dinov3", "mask2former", "maskformer")
+_MOST_PIXELS = 1_000_000  # of the answer, which takes one number per class and pixel on its way; networks know fewer
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,12 @@ class Segmentation(Preprocessor):
     def _classes(self, picture: Pixels) -> NDArray[np.int32]:
         processor, network = self.network
         outputs = answer(self.model, processor, network, picture)
-        (found,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[picture.shape[:2]])
-        classes: NDArray[np.int32] = found.cpu().numpy().astype(np.int32)  # (H, W)
-        return classes
+        height, width = picture.shape[:2]
+        factor = min(1.0, (_MOST_PIXELS / (height * width)) ** 0.5)
+        size = max(1, round(height * factor)), max(1, round(width * factor))
+        (found,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[size])
+        classes = found.cpu().numpy().astype(np.int32)
+        return np.asarray(cv2.resize(classes, (width, height), interpolation=cv2.INTER_NEAREST_EXACT))  # (H, W)
 
     @cached_property
     def network(self) -> tuple[Any, Any]:

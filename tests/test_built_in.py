@@ -1,4 +1,4 @@
-"""The model that ships with the package: there, small, offline, steered by edges, and described by its own numbers."""
+"""The model that ships with the package: there, small, offline, steered by its controls, with numbers of its own."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from safetensors import safe_open
 
 from scaleweaver import VARControlPipeline
 from scaleweaver.adapters import CONFIG_FILE
+from scaleweaver.contracts import Control
 from scaleweaver.controls import canny
-from scaleweaver.evaluate.control import canny_f1, psnr
-from scaleweaver.evaluate.prompts import explicit_caption
+from scaleweaver.controls.estimator import ToyboxEstimator
+from scaleweaver.evaluate.control import psnr
+from scaleweaver.evaluate.examples import ToyboxExamples, meter_of
 from scaleweaver.hub import built_in_folder
 from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.toybox.dataset import draw_batch
@@ -23,6 +25,8 @@ from scaleweaver.train.tokenizer import reconstruct
 
 FOLDER = built_in_folder("toybox")
 ROOT = Path(__file__).parents[1]
+ASSETS = FOLDER.parent
+KINDS = ("canny", "depth", "palette", "pose")
 SCENES = 8
 
 
@@ -34,15 +38,14 @@ def pipe() -> VARControlPipeline:
 
 
 @pytest.fixture(scope="module")
-def scenes():
-    """Renders of the test split (B, H, W, 3) uint8 and what they show; no training saw them."""
-    batch = draw_batch("test", range(SCENES), size=128)
-    return batch.pixels, [explicit_caption(scene) for scene in batch.scenes]
+def pictures() -> np.ndarray:
+    """Renders of the test split (B, H, W, 3) uint8; no training saw them."""
+    return draw_batch("test", range(SCENES), size=128).pixels
 
 
 def test_weights_are_small_and_half_precision():
-    files = sorted(FOLDER.rglob("*.safetensors"))
-    assert sum(file.stat().st_size for file in files) < 30e6
+    files = sorted(ASSETS.rglob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) < 40e6  # model, controls, judge and estimator together
     for file in files:
         with safe_open(file, "pt") as weights:
             kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
@@ -50,7 +53,7 @@ def test_weights_are_small_and_half_precision():
 
 
 def test_it_draws_what_the_seed_says(pipe):
-    assert pipe.available_controls == ("canny",)
+    assert pipe.available_controls == KINDS
     prompt = "a large red rocket on grass at noon"
     one, again, other = (pipe(prompt, seed=seed).images[0] for seed in (7, 7, 8))
     assert one.size == (128, 128)
@@ -67,38 +70,48 @@ def test_colours_follow_the_prompt(pipe):
     assert red[0] - red[2] > 0.1 and blue[2] - blue[0] > 0.1
 
 
-def test_edges_steer_the_picture(pipe, scenes):
-    pictures, prompts = scenes
-    edges = [canny(picture) for picture in pictures]
-    seeds = list(range(SCENES))
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_control_steers_the_picture(pipe, kind):
+    examples = ToyboxExamples("test", [kind])
+    estimator = ToyboxEstimator.built_in() if kind in ("depth", "pose") else None
+    meter = meter_of(kind, examples, estimator)
+    scenes = examples.read(range(SCENES))
+    targets = [scene.targets[kind] for scene in scenes]
+    call = {"prompt": [scene.prompt for scene in scenes], "seed": list(range(SCENES)), "output_type": "np"}
 
-    def fidelity(**call):
-        drawn = (pipe(prompts, seed=seeds, output_type="np", **call).images * 255).round().astype(np.uint8)
-        return np.mean([canny_f1(p, np.asarray(e))["f1_1px"] for p, e in zip(drawn, edges, strict=True)])
+    def fidelity(control: Control | None) -> float:
+        drawn = (pipe(control=control, **call).images * 255).round().astype(np.uint8)
+        value = meter.summarise([[one] for one in meter.measure(drawn, targets)])[meter.main]
+        assert value is not None
+        return value
 
-    assert fidelity(control={"canny": edges}) > 1.5 * fidelity()
+    without, under = fidelity(None), fidelity(Control(kind, [scene.maps[kind] for scene in scenes]))
+    higher = next(column.higher for column in meter.columns if column.name == meter.main)
+    assert under > 1.5 * without if higher else under < without / 1.5
 
 
-def test_a_photo_in_place_of_its_edges_is_noticed(pipe, scenes, caplog):
-    photo = scenes[0][0]
-    pipe("a red ball", control={"canny": photo}, seed=0, stop_after=1)
-    assert "is a photo, make its map first" in caplog.text
-    caplog.clear()
+def test_a_photo_in_place_of_its_map_is_noticed(pipe, pictures, caplog):
+    photo = pictures[0]
+    for kind in ("canny", "pose"):
+        pipe("a red ball", control={kind: photo}, seed=0, stop_after=1)
+        assert "is a photo, make its map first" in caplog.text
+        caplog.clear()
     small = canny(photo).resize((96, 96))  # in between: smoothed lines
     for edges in (canny(photo), small):
         pipe("a red ball", control={"canny": edges}, seed=0, stop_after=1)
-    assert "take its edges first" not in caplog.text
+    assert "is a photo" not in caplog.text
 
 
-def test_the_tokenizer_keeps_pictures(pipe, scenes):
-    pictures, _ = scenes
+def test_the_tokenizer_keeps_pictures(pipe, pictures):
     drawn = reconstruct(pipe.vae, pictures, ScaleSchedule.from_dict(pipe.config["schedule"]))
     assert np.mean([psnr(a, b) for a, b in zip(drawn, pictures, strict=True)]) > 28
 
 
-def test_the_adapter_says_how_its_maps_were_made():
-    settings = json.loads((FOLDER / "controls/canny" / CONFIG_FILE).read_text())["config"]
-    assert settings["detector"] == "opencv-canny" and settings["resolution"] == 128
+def test_the_adapters_say_how_their_maps_were_made():
+    detectors = {"canny": "opencv-canny", "depth": "toybox-depth", "palette": "palette-8", "pose": "toybox-pose"}
+    for kind, detector in detectors.items():
+        settings = json.loads((FOLDER / "controls" / kind / CONFIG_FILE).read_text())["config"]
+        assert settings["kind"] == kind and settings["detector"] == detector and settings["resolution"] == 128
 
 
 def test_the_documents_show_what_was_measured_on_these_weights(pipe):
@@ -107,6 +120,12 @@ def test_the_documents_show_what_was_measured_on_these_weights(pipe):
     for name, digest in report["settings"]["weights"].items():
         network = pipe.controls[name] if name in pipe.controls else getattr(pipe, name)
         assert fingerprint(network) == digest, name
+    assert report["settings"]["controls"] == list(KINDS)
+    for kind in KINDS:  # the cards of the controls show the same rows
+        row = report["parts"]["control"][kind]["rows"]["strength 1.0"]
+        column = next(c for c in report["parts"]["control"][kind]["columns"] if row.get(c["name"]) is not None)
+        card = (FOLDER / "controls" / kind / "README.md").read_text(encoding="utf-8")
+        assert f"{row[column['name']]:.{column['digits']}f} ± " in card
     tables = (ROOT / "benchmarks/results/toybox.md").read_text()
     for document in (ROOT / "README.md", FOLDER / "README.md"):
         assert tables in document.read_text(encoding="utf-8")

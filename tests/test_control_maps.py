@@ -21,7 +21,9 @@ from scaleweaver.methods.scaleweaver import ScaleWeaverConfig
         ({"kind": "depth", "detector": "toybox-depth"}, Depth("toybox")),
         ({"kind": "depth", "detector": "Intel/dpt-large"}, Depth("Intel/dpt-large")),
         ({"kind": "depth"}, Depth()),
+        ({"kind": "depth", "detector": "midas"}, Depth("midas")),  # refused by name when it is asked for a map
         ({"kind": "pose", "detector": "toybox-pose"}, Pose("toybox")),
+        ({"kind": "pose", "detector": "vitpose"}, Pose("vitpose")),
         ({"kind": "palette", "detector": "palette-16"}, Palette(16)),
         ({"kind": "palette"}, Palette()),
         ({"kind": "softedge", "detector": "hed"}, SoftEdge("hed")),

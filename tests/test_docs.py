@@ -49,6 +49,3 @@ def test_guide(page: Path, clone: Path) -> None:
         pipe = names.get("pipe")
         if pipe is not None:
             pipe.set_progress_bar_config(disable=True)
-            # a model that lacks a kind runs the page all the same, with the edges' weights under its name
-            for kind in {"canny", "depth", "palette", "pose"} - set(pipe.controls):
-                pipe.load_control(TOYBOX / "controls" / "canny", kind)

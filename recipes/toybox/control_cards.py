@@ -38,9 +38,10 @@ WHAT = {
 MAKING = {
     "canny": "control = canny(picture)  # thresholds 100 and 200",
     "depth": 'control = depth(picture, model="toybox")  # of a toybox picture; of anything else: any depth map',
-    "pose": 'control = pose(picture, model="toybox")  # of a photograph: pose(photo)',
+    "pose": 'control = pose(picture, model="toybox")  # of a toybox picture with a person; of a photograph: pose(picture)',
     "palette": "control = palette(picture)",
 }
+PERSON = "a woman with brown hair in a red shirt and blue trousers, waving, on grass at noon"
 LIMITS = {
     "canny": "Large outlines are followed; thin and crowded lines are not. Edges do not say which colour goes where.",
     "depth": "Thin parts are lost. Depth says little about what a thing is: say it in the prompt.",
@@ -58,6 +59,7 @@ def card(kind: str, config: ScaleWeaverConfig, parameters: int, report: Mapping[
         what=WHAT[kind],
         making=MAKING[kind],
         limits=LIMITS[kind],
+        prompt=PERSON if kind == "pose" else "a large red rocket on grass at noon",
         shown=SHOWN,
         size=f"{parameters / 1e6:.2f}",
         rank=config.lora_rank,

@@ -44,7 +44,7 @@ def preprocess(
     from scaleweaver.controls import Depth, Pose, preprocessor
 
     Image.init()
-    if out.suffix.lower() not in Image.EXTENSION:
+    if Image.EXTENSION.get(out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{out.name!r} does not end like a picture; write for example {out.stem}.png")
     if sixteen_bit and (kind != "depth" or out.suffix.lower() != ".png"):
         raise ValueError(f"--sixteen-bit writes depth as PNG, this is {kind} as {out.suffix}; leave it out")

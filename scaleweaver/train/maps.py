@@ -10,7 +10,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from scaleweaver.controls.canny import canny
+from scaleweaver.control_maps import detector_of
 from scaleweaver.controls.palette import palette
 from scaleweaver.methods.scaleweaver import ScaleWeaverConfig
 from scaleweaver.toybox.drawing import draw_skeleton
@@ -21,16 +21,12 @@ KINDS = ("canny", "depth", "pose", "palette")
 
 def exact_map(config: ScaleWeaverConfig, renders: Renders, row: int) -> Pixels | None:
     """The control image (H, W, 3) that an adapter is measured with; None where the picture has none: no person."""
-    picture = renders.image(row)
-    if config.kind == "canny":
-        low, high = config.thresholds or (100, 200)
-        return np.asarray(canny(picture, low, high))
+    if config.kind in ("canny", "palette"):
+        return np.asarray(detector_of(config)(renders.image(row)))
     if config.kind == "depth":
         return renders.depth(row)
     if config.kind == "pose":
         return renders.skeleton(row)
-    if config.kind == "palette":
-        return np.asarray(palette(picture))
     raise ValueError(f'control kind "{config.kind}" has no training maps; expected {", ".join(KINDS)}')
 
 

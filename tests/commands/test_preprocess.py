@@ -108,6 +108,7 @@ def test_poses_and_their_key_points(photo: Path, tmp_path: Path) -> None:
         (["blur", "photo.png", "x.png", "--set", "radius=wide"], "blur radius='wide'; pass a number"),
         (["inpaint", "photo.png", "x.png"], "inpaint needs mask"),
         (["canny", "photo.png", "x.map"], "'x.map' does not end like a picture; write for example x.png"),
+        (["canny", "photo.png", "x.psd"], "'x.psd' does not end like a picture"),  # one that is read alone
         (["canny", "photo.png", "x.png", "--sixteen-bit"], "--sixteen-bit writes depth as PNG"),
         (["depth", "photo.png", "x.jpg", "--sixteen-bit"], "--sixteen-bit writes depth as PNG"),
         (["depth", "photo.png", "x.png", "--json", "x.json"], "--json writes the key points of pose"),

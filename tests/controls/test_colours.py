@@ -80,6 +80,12 @@ def test_inpaint_reads_masks_of_any_kind(tmp_path) -> None:
         assert np.array_equal(np.asarray(inpaint(picture, source)), expected)
 
 
+def test_inpaint_is_the_same_with_the_same_mask() -> None:
+    black, white = np.zeros((4, 4)), np.ones((4, 4))
+    assert Inpaint(black) == Inpaint(black.copy()) and hash(Inpaint(black)) == hash(Inpaint(black.copy()))
+    assert Inpaint(black) != Inpaint(white) and Inpaint(black) != Inpaint(black, color=(0, 0, 0))
+
+
 def test_inpaint_refuses() -> None:
     with pytest.raises(ValueError, match="mask is 8x4 but the picture is 4x4"):
         inpaint(noise(4, 4), Image.new("L", (8, 4)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from hub_server import running_hub
 from PIL import Image
 from tiny_controls import save_depth, save_estimator, save_segmentation
 from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+from transformers.utils import is_torchvision_available
 
 from scaleweaver.controls import Depth, depth
 from scaleweaver.controls.estimator import ToyboxEstimator
@@ -73,9 +76,12 @@ def test_the_network_is_loaded_once_and_forgotten(folder: Path) -> None:
     first, network = np.asarray(detect(noise())), detect.network
     detect(noise())
     assert detect.network is network
+    weights = weakref.ref(network.network)
+    del network
     detect.unload()
-    assert "network" not in vars(detect)
-    assert np.array_equal(np.asarray(detect(noise())), first) and detect.network is not network
+    gc.collect()
+    assert "network" not in vars(detect) and weights() is None  # their memory is free
+    assert np.array_equal(np.asarray(detect(noise())), first)
 
 
 def test_an_estimator_of_the_built_in_world(tmp_path: Path) -> None:
@@ -137,6 +143,24 @@ def test_a_picture_too_long_for_the_network(folder: Path) -> None:
 
 
 def test_devices() -> None:
-    assert choose_device("cpu").type == "cpu" and choose_device("cuda:1").index == 1
-    with pytest.raises(ValueError, match="device='gpu'; pass auto, cpu, cuda"):
-        choose_device("gpu")
+    assert choose_device("cpu").type == "cpu" and choose_device("auto").type in ("cpu", "cuda", "mps")
+    for wrong in ("gpu", None):
+        with pytest.raises(ValueError, match=f"device={wrong!r}; pass auto, cpu, cuda"):
+            choose_device(wrong)
+    with pytest.raises(ValueError, match="device='cuda:99' is not on this machine; pass auto or cpu"):
+        choose_device("cuda:99")
+
+
+def test_the_device_is_looked_at_before_weights(folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(ValueError, match="device='cuda:99' is not on this machine"):
+        Depth(str(tmp_path), device="cuda:99")(noise())
+
+
+def test_a_family_that_needs_torchvision(folder: Path, tmp_path: Path) -> None:
+    if is_torchvision_available():
+        pytest.skip("torchvision is here")
+    (tmp_path / "config.json").write_text('{"model_type": "zoedepth"}')
+    with pytest.raises(ValueError, match="is a ZoeDepth, which transformers reads with torchvision alone"):
+        Depth(str(tmp_path))(noise())

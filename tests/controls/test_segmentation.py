@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +47,25 @@ def test_the_class_is_what_the_network_says(folder: Path) -> None:
         detect.network[1].decode_head.classifier.bias[5] += 1e4
     assert (detect.classes(noise()) == 5).all()
     assert (np.asarray(detect(noise())) == class_colors(6)[5]).all()
+
+
+def test_answers_for_large_pictures_stay_small(folder: Path) -> None:
+    """At 4 million pixels and 150 classes the probabilities alone would take 2.4 GB."""
+    detect = Segmentation(str(folder))
+    sizes = []
+    processor = detect.network[0]
+    original = processor.post_process_semantic_segmentation
+
+    def recorded(outputs: Any, target_sizes: list[tuple[int, int]]) -> Any:
+        sizes.extend(target_sizes)
+        return original(outputs, target_sizes=target_sizes)
+
+    processor.post_process_semantic_segmentation = recorded
+    classes = detect.classes(np.repeat(noise(), 60, axis=0)[:, :40])  # (2820, 40) is small enough
+    assert classes.shape == (2820, 40) and sizes.pop() == (2820, 40)
+    classes = detect.classes(np.repeat(np.repeat(noise(), 30, axis=0), 40, axis=1))
+    assert classes.shape == (1410, 2440) and np.prod(sizes.pop()) == pytest.approx(1e6, rel=0.01)
+    assert len(np.unique(classes)) > 1
 
 
 def test_no_colour_in_between(folder: Path) -> None:

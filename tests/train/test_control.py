@@ -224,6 +224,12 @@ def test_maps_vary_as_detectors_do(several):
         assert len({each.tobytes() for each in found if each is not None}) > 1, kind
         again = [varied_map(config, renders, person, np.random.default_rng(5)) for _ in range(2)]
         assert np.array_equal(again[0], again[1])
+    fine, coarse = (
+        np.asarray(exact_map(ScaleWeaverConfig(kind="palette", detector=detector), renders, person))
+        for detector in ("palette-8", "palette-2")
+    )
+    colours = [len(np.unique(each.reshape(-1, 3), axis=0)) for each in (fine, coarse)]
+    assert colours[1] <= 4 < colours[0]
     depth = renders.depth(person)
     assert np.abs(varied_depth(depth, rng).astype(float) - depth).mean() < 40  # still that scene
     points = renders.keypoints(person)
