@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from scaleweaver.controls.base import Pixels, Preprocessor, at_short_side
 from scaleweaver.controls.depth import HUB_MODEL, Depth, DepthMap
@@ -82,11 +82,15 @@ def read_depth(image: Any) -> DepthMap:
     if isinstance(image, str | os.PathLike):
         with Image.open(image) as opened:
             image = opened.copy()
+    if isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image)
     values = image.detach().float().cpu().numpy() if hasattr(image, "detach") else np.asarray(image)
-    if values.ndim == 2 and values.dtype in (np.uint16, np.int32):
-        return (values / 65535).astype(np.float32)
-    if values.ndim == 2 and np.issubdtype(values.dtype, np.floating):
-        return values.astype(np.float32)
+    if values.size == eight_bit.width * eight_bit.height:  # one channel, wherever its axis is
+        values = values.reshape(eight_bit.height, eight_bit.width)
+        if np.issubdtype(values.dtype, np.floating):
+            return values.astype(np.float32)
+        if values.dtype.itemsize > 1:
+            return (values / 65535).astype(np.float32)
     return (np.asarray(eight_bit) / 255).astype(np.float32)
 
 

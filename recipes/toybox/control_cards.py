@@ -38,7 +38,7 @@ WHAT = {
 MAKING = {
     "canny": "control = canny(picture)  # thresholds 100 and 200",
     "depth": 'control = depth(picture, model="toybox")  # of a toybox picture; of anything else: any depth map',
-    "pose": 'control = pose(picture, model="toybox")  # of a toybox picture with a person; of a photograph: pose(picture)',
+    "pose": 'control = pose(picture, model="toybox")  # a toybox picture with a person; a photo: pose(picture)',
     "palette": "control = palette(picture)",
 }
 PERSON = "a woman with brown hair in a red shirt and blue trousers, waving, on grass at noon"

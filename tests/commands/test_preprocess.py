@@ -64,6 +64,11 @@ def test_networks_from_a_folder(photo: Path, tmp_path: Path) -> None:
     assert np.array_equal(pixels(tmp_path / "deep.png"), np.asarray(Depth(str(depth)).sixteen_bit(photo)))
 
 
+def test_help_names_every_kind() -> None:
+    words = set(call("--help").output.replace(",", " ").replace(".", " ").split())
+    assert set(KINDS) <= words
+
+
 def test_settings(photo: Path, tmp_path: Path) -> None:
     out = tmp_path / "map.png"
     assert call("palette", photo, out, "--set", "cells=3").exit_code == 0

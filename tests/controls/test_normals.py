@@ -45,8 +45,12 @@ def test_a_slope_of_one_in_one(axis: int, expected: tuple[int, int, int]) -> Non
 def test_deep_maps_keep_their_precision() -> None:
     gentle = slope(axis=1) / 50  # five levels of eight bits, 1300 of sixteen
     levels = np.round(gentle * 65535).astype(np.uint16)
-    for source in (gentle, levels, Image.fromarray(levels), torch.from_numpy(gentle)):
+    other_order, tensor = Image.fromarray(levels.astype(">u2")), torch.from_numpy(gentle)
+    for source in (gentle, gentle[..., None], levels, Image.fromarray(levels), other_order, tensor, tensor[None, None]):
         assert np.abs(read_depth(source) - gentle).max() < 1e-4
+    turned = Image.fromarray(levels)
+    turned.getexif()[0x0112] = 6  # a photo that lies on its side
+    assert np.abs(read_depth(turned) - np.rot90(gentle, -1)).max() < 1e-4
     coarse = np.round(gentle * 255).astype(np.uint8)
     assert np.abs(read_depth(coarse) - gentle).max() > 1e-3
     assert np.array_equal(read_depth(Image.fromarray(coarse).convert("RGB")), read_depth(coarse))
