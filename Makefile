@@ -39,7 +39,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.developer: pyproject.toml constraints.txt $(VENV)/.torch
-	$(PIP) -e ".[dev,train]"
+	$(PIP) -e ".[dev,train,eval,hed]"
 	@touch $@ $(VENV)/.installed
 
 generate: $(VENV)/.installed

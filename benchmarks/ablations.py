@@ -56,7 +56,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rank 4": {"lora_rank": 4},
     "rank 64": {"lora_rank": 64},
     "random projection": {"z_init": "normal"},
+    "projection after the gate": {"z_position": "after_gate"},
     "text in the condition stream": {"condition_modulation": "text"},
+    "no penalty of distance": {"locality": None},
 }
 
 

@@ -103,7 +103,8 @@ class _TransformersDepth:
         if self.metric:
             depth = 1 / np.maximum(depth, 1e-3)
         low, high = float(depth.min()), float(depth.max())
-        return (depth - low) / max(high - low, 1e-12)
+        stretched: DepthMap = (depth - low) / max(high - low, 1e-12)
+        return stretched
 
 
 def _resized(depth: DepthMap, size: tuple[int, int]) -> DepthMap:
