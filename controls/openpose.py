@@ -17,6 +17,8 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from scaleweaver.images import MAX_PIXELS
+
 COCO_18 = (
     "nose", "neck", "right shoulder", "right elbow", "right wrist", "left shoulder", "left elbow", "left wrist",
     "right hip", "right knee", "right ankle", "left hip", "left knee", "left ankle",
@@ -92,6 +94,7 @@ def from_json(
     (COCO) and of 25 (BODY_25) are read, faces and hands are not, and neither is a person without a body. Coordinates
     may be pixels or shares of the canvas. The canvas is `canvas_height` and `canvas_width` of the record; with `size`
     all is scaled to a picture of that (height, width), and a record without a canvas is taken to be of that size.
+    Nothing is read for a picture of more than `MAX_PIXELS`.
     """
     record, name = _record(source)
     people = record.get("people")
@@ -101,6 +104,12 @@ def from_json(
     canvas = _canvas(record, name) or size
     if canvas is None:
         raise ValueError(f"{name} does not say canvas_height and canvas_width; pass size=(height, width)")
+    target = size or canvas
+    if target[0] * target[1] > MAX_PIXELS:
+        raise ValueError(
+            f"{name} is meant for a picture of {target[1]}x{target[0]}, more than {MAX_PIXELS // 10**6} million pixels;"
+            " pass a smaller size=(height, width)"
+        )
     bodies = [_body(person, i, name) for i, person in enumerate(people) if person.get("pose_keypoints_2d")]
     points = np.stack(bodies) if bodies else np.zeros((0, 18, 3))  # (people, 18, 3)
     points[points[..., 2] <= 0] = 0
@@ -108,7 +117,6 @@ def from_json(
         points[..., :2] *= canvas[::-1]
     if (np.abs(points[..., :2]) > 100 * max(canvas)).any():
         raise ValueError(f"{name} has joints far outside of its canvas of {canvas[1]}x{canvas[0]}; check the file")
-    target = size or canvas
     points[..., :2] *= np.array(target[::-1]) / np.array(canvas[::-1])
     return points.astype(np.float32), target
 
@@ -119,8 +127,13 @@ def is_json(source: Any) -> bool:
         return True
     if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
-        return isinstance(text, str) and (text.lower().endswith(".json") or text.lstrip()[:1] in ("{", "["))
+        return isinstance(text, str) and (text.lower().endswith(".json") or _is_text(source))
     return False
+
+
+def _is_text(source: str | os.PathLike[str]) -> bool:
+    """Whether a string is JSON itself and not the name of a file, which may begin with a bracket too."""
+    return isinstance(source, str) and source.lstrip("\ufeff \t\r\n")[:1] in ("{", "[") and not os.path.isfile(source)
 
 
 def _record(source: Any) -> tuple[Mapping[str, Any], str]:
@@ -128,14 +141,14 @@ def _record(source: Any) -> tuple[Mapping[str, Any], str]:
     value, name = source, "the pose record"
     if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
-        if text.lstrip()[:1] not in ("{", "["):
+        if not _is_text(source):
             name = repr(text)
             if not os.path.isfile(text):
                 raise ValueError(f"there is no file {name}; pass OpenPose JSON as a file, as text or as a dict")
             text = Path(text).read_text(encoding="utf-8", errors="replace")
         try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
+            value = json.loads(text.lstrip("\ufeff"))  # the mark that some editors put first
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name} is not JSON ({error}); export the key points again") from None
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -160,7 +173,7 @@ def _body(person: Mapping[str, Any], index: int, name: str) -> NDArray[np.float6
     flat = person["pose_keypoints_2d"]
     try:
         numbers = np.array(flat, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = np.array(np.nan)
     if not np.isfinite(numbers).all():
         raise ValueError(f"{name}: pose_keypoints_2d of person {index} is not a list of numbers")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import cv2
 import numpy as np
@@ -17,6 +18,9 @@ from PIL import Image
 
 from scaleweaver.controls.base import Pixels, Preprocessor
 from scaleweaver.controls.networks import choose_device
+
+if TYPE_CHECKING:
+    from scaleweaver.controls.hed import Hed
 
 _WIDTHS = (0.003, 0.006, 0.012)  # of the Gaussians, as parts of the short side
 
@@ -41,20 +45,19 @@ class SoftEdge(Preprocessor):
         if self.model == "classical":
             edges = (step_heights(picture) * self.gain).clip(0, 1)
         else:
-            from scaleweaver.controls.hed import hed_edges
-
-            try:
-                edges = hed_edges(picture, choose_device(self.device))
-            except (ValueError, OSError) as error:  # no h5py, no connection
-                raise OSError(f'{error}; or take model="classical", which needs no weights') from error
+            edges = self.network.edges(picture)
         return np.round(edges * 255).astype(np.uint8)
 
-    def unload(self) -> None:
-        """Forget HED's weights, if they were loaded; the next picture loads them again."""
-        if self.model == "hed":
-            from scaleweaver.controls.hed import unload
+    @cached_property
+    def network(self) -> Hed:
+        """HED, loaded when it is first asked for."""
+        from scaleweaver.controls.hed import Hed
 
-            unload()
+        device = choose_device(self.device)
+        try:
+            return Hed.load(device)
+        except (ValueError, OSError) as error:  # no h5py, no connection
+            raise OSError(f'{error}; or take model="classical", which needs no weights') from error
 
 
 def step_heights(picture: Pixels) -> NDArray[np.float32]:
@@ -71,5 +74,5 @@ def step_heights(picture: Pixels) -> NDArray[np.float32]:
 
 
 def softedge(image: Any, model: str = "classical") -> Image.Image:
-    """Soft edges of a picture: `SoftEdge(model)(image)`."""
+    """Soft edges of a picture: `SoftEdge(model)(image)`; keep a `SoftEdge("hed")` for many pictures."""
     return SoftEdge(model)(image)

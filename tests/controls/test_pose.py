@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from tiny_controls import save_detector, save_vitpose
 
 from scaleweaver.controls.openpose import draw_skeleton, to_json
 from scaleweaver.controls.pose import Pose, pose
@@ -21,42 +21,6 @@ def record() -> dict[str, Any]:
     points = RNG.uniform(5, 40, (2, 18, 3))
     points[..., 2] = np.linspace(0.05, 1, 18)
     return to_json(points, (48, 64))
-
-
-def save_detector(folder: Path, labels: dict[int, str], person: float) -> str:
-    """A random RT-DETR that sees label 0 everywhere with logit `person`, with its image processor."""
-    from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProcessorPil, RTDetrResNetConfig
-
-    backbone = RTDetrResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    config = RTDetrConfig(
-        backbone_config=backbone, encoder_hidden_dim=16, encoder_in_channels=[8, 8, 8], encoder_ffn_dim=16,
-        encoder_attention_heads=2, d_model=16, num_queries=5, decoder_in_channels=[16, 16, 16], decoder_ffn_dim=16,
-        decoder_layers=1, decoder_attention_heads=2, num_denoising=0, id2label=labels,
-        label2id={name: number for number, name in labels.items()},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    network = RTDetrForObjectDetection(config)
-    with torch.no_grad():
-        network.model.decoder.class_embed[0].bias[:] = -9.0
-        network.model.decoder.class_embed[0].bias[0] = person
-    network.save_pretrained(folder)
-    RTDetrImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
-    return str(folder)
-
-
-def save_vitpose(folder: Path, points: int = 17, experts: int = 1) -> str:
-    from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation
-
-    backbone = VitPoseBackboneConfig(
-        image_size=[32, 24], patch_size=[8, 8], hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2,
-        num_experts=experts, part_features=4,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    VitPoseForPoseEstimation(VitPoseConfig(backbone_config=backbone, num_labels=points)).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     """What kinds with a network are given: a random one of toy size."""
     folder = tmp_path_factory.mktemp("networks")
     depth = {"model": str(save_depth(folder / "depth")), "device": "cpu"}
-    pose, people = map(str, save_pose(folder))
+    pose, people = save_pose(folder)
     return {
         "depth": depth,
         "normals": depth,

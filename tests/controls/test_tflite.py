@@ -57,7 +57,7 @@ def ints(*numbers: int) -> np.ndarray:
 def model(tensors: list[tuple[Any, ...]], steps: list[tuple[Any, ...]], outputs: tuple[int, ...]) -> bytes:
     """tensors: (shape, values or None[, sparsity]); steps: (operator, inputs, output, options). Tensor 0 goes in."""
     codes = sorted({step[0] for step in steps})
-    kinds = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.int32): 2}
+    kinds = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.int32): 2, np.dtype(np.int8): 9}
     buffers: list[dict[int, Any]] = [{}]
     rows = []
     for shape, values, *sparsity in tensors:
@@ -171,6 +171,13 @@ def test_what_is_not_known_is_refused() -> None:
         tflite.read_graph(b"\x89PNG\r\n\x1a\n0000", "photo")
     with pytest.raises(ValueError, match="net uses operator 99"):
         tflite.read_graph(model([((1, 2), None), ((1, 2), None)], [(99, (0,), 1, {})], (1,)), "net")
+    with pytest.raises(ValueError, match=r"net unpacks what it computes \(dequantize\)"):
+        tflite.read_graph(model([((1, 2), None), ((1, 2), None)], [(6, (0,), 1, {})], (1,)), "net")
+    quantised = model([((1, 2), None), ((2,), np.ones(2, np.int8)), ((2,), None)], [(6, (1,), 2, {})], (2,))
+    with pytest.raises(ValueError, match="net has a constant of type 9"):
+        tflite.read_graph(quantised, "net")
+    with pytest.raises(ValueError, match="operator 'gelu' is not known here"):
+        run(Operator("gelu", (0,), 1), [torch.ones(1)])
     resize = model(
         [((1, 2, 2, 1), None), ((2,), ints(4, 4)), ((1, 4, 4, 1), None)], [(23, (0, 1), 2, {})], (2,)
     )  # neither of the two rules that torch has
