@@ -161,7 +161,8 @@ def settle(control: Control, schedule: ScaleSchedule, prompts: int) -> Control:
     name = f'control "{control.kind}"'
     for count, what in ((len(control.image), "images"), (len(control.mask or [None]), "masks")):
         if count not in (1, prompts):
-            raise ValueError(f"{name} has {count} {what} for {prompts} prompts; pass 1 or {prompts}")
+            many = f" for {prompts} prompts; pass 1 or {prompts}" if prompts > 1 else " for one prompt; pass one"
+            raise ValueError(f"{name} has {count} {what}{many}")
     encoded = control.image.schedule if isinstance(control.image, EncodedControl) else schedule
     if encoded.full_grids != schedule.full_grids:
         raise ValueError(
@@ -181,7 +182,9 @@ def settle(control: Control, schedule: ScaleSchedule, prompts: int) -> Control:
             scales=None if control.scales is None else scale_indices(control.scales, len(schedule)),
             mask=masks,
         )
-        control_strengths(settled, schedule)
+        within, anywhere = control_strengths(settled, schedule), strengths(scale, len(schedule))
+        if any(anywhere) and not any(within):
+            logger.warning("%s acts at none of the %d scales: widen start, end or scales", name, len(schedule))
         if control.control_guidance_scale is not None:
             per_scale(control.control_guidance_scale, len(schedule), "control_guidance_scale")
     except (ValueError, TypeError) as error:

@@ -108,10 +108,11 @@ def python_of(settings: dict[str, Any]) -> str:
     """The Python call that these settings stand for; a picture keeps no control images, so it names files to put."""
     controls = settings.get("control", [])
     names = "Control, VARControlPipeline" if controls else "VARControlPipeline"
+    dtype = f", dtype={settings['dtype']!r}" if "dtype" in settings else ""
     lines = [
         f"from scaleweaver import {names}",
         "",
-        f"pipe = VARControlPipeline.from_pretrained({settings.get('model', 'toybox')!r})",
+        f"pipe = VARControlPipeline.from_pretrained({settings.get('model', 'toybox')!r}{dtype})",
     ]
     loras = {lora["name"]: lora for lora in settings.get("loras", [])}
     lines += [f"pipe.load_lora_weights({lora['source']!r}, {name!r})" for name, lora in loras.items()]
@@ -126,9 +127,10 @@ def python_of(settings: dict[str, Any]) -> str:
     else:
         lines += ["# drawn from prompt_embeds, which no picture keeps: put them here", "out = pipe("]
     for name, value in settings.items():
-        if name not in ("model", "prompt", "control", "forced", "loras", *parts):
+        if name not in ("model", "dtype", "prompt", "control", "forced", "loras", *parts):
             lines.append(f"    {name}={value!r},")
     if controls:
+        lines.append("    # no picture keeps its control images: put the maps that it was drawn under into these files")
         lines.append("    control=[")
         for control in controls:
             kept = ("scale", "start", "end", "scales", "control_guidance_scale", "resize")

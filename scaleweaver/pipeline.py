@@ -41,6 +41,7 @@ from scaleweaver.control_images import (
 from scaleweaver.images import to_pil
 from scaleweaver.loop import SingleModel, generate
 from scaleweaver.metadata import write_settings
+from scaleweaver.precision import other_than_float32
 from scaleweaver.request import (
     Callback,
     Follower,
@@ -188,7 +189,7 @@ class VARControlPipeline(StoredPipeline):
 
         # pictures, each with the settings that make it again
         values |= {"stop_after": stop_after, "schedule": None if schedule is None else plan.to_dict()}
-        values["loras"] = self._active_loras() or None
+        values |= {"loras": self._active_loras() or None, "dtype": other_than_float32(self.transformer.dtype)}
         settings = [
             request.settings(image, {**values, "model": self.name_or_path, "seed": one.initial_seed()}, negative_prompt)
             for image, one in zip(lineage.origins, follower.generators, strict=True)

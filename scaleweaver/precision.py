@@ -33,3 +33,8 @@ def read_dtype(dtype: torch.dtype | str | None, device: torch.device | str | Non
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f'dtype={dtype!r}; pass torch.float32, torch.bfloat16, torch.float16 or "auto"')
     return found
+
+
+def other_than_float32(dtype: torch.dtype) -> str | None:
+    """The name that settings keep of a number format; None for float32, which needs no word."""
+    return None if dtype == torch.float32 else str(dtype).removeprefix("torch.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from scaleweaver.controls.estimator import ToyboxEstimator
 from scaleweaver.evaluate.control import psnr
 from scaleweaver.evaluate.examples import ToyboxExamples, meter_of
 from scaleweaver.hub import built_in_folder
+from scaleweaver.metadata import python_of
 from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.toybox.dataset import draw_batch
 from scaleweaver.train.data import fingerprint
@@ -137,4 +139,10 @@ def test_it_can_be_saved_in_any_precision(pipe, tmp_path):
     again.set_progress_bar_config(disable=True)
     assert again.dtype == torch.bfloat16
     assert (tmp_path / "README.md").read_text() == (FOLDER / "README.md").read_text()
-    assert again("a red ball", seed=0).images[0].size == (128, 128)
+    picture = again("a red ball", seed=0).images[0]
+    # the Python that a picture carries draws it again, in the number format it was drawn in
+    names: dict[str, Any] = {}
+    exec(python_of({**picture.settings, "model": str(tmp_path)}), names)
+    assert picture.settings["dtype"] == "bfloat16"
+    assert np.array_equal(picture, names["out"].images[0])
+    assert "dtype" not in pipe("a red ball", seed=0, stop_after=1).settings[0]

@@ -425,7 +425,7 @@ def test_a_photo_in_place_of_a_map_is_noticed(caplog: pytest.LogCaptureFixture) 
         ({"control": Control("canny", edges(), scale=-1)}, "negative"),
         ({"control": Control("canny", edges(), start=0.8, end=0.2)}, "start <= end"),
         ({"control": Control("canny", edges(), mask=np.full((4, 4), np.nan))}, 'mask of control "canny" holds NaN'),
-        ({"control": Control("canny", edges(), mask=[half(), half()])}, "has 2 masks for 1 prompts; pass 1 or 1"),
+        ({"control": Control("canny", edges(), mask=[half(), half()])}, "has 2 masks for one prompt; pass one"),
         ({"control": Control("canny", edges(), mask=[])}, "empty list"),
         ({"control": Control("canny", edges(), scales=[4])}, 'control "canny": scales is .*indices from 0 to 3'),
         ({"control": Control("canny", edges(), scales="2:3")}, "pass a slice, a range or a list"),
@@ -444,3 +444,14 @@ def test_a_photo_in_place_of_a_map_is_noticed(caplog: pytest.LogCaptureFixture) 
 def test_mistakes_are_explained(pipe: VARControlPipeline, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         pipe(**{"prompt": PROMPT, **arguments})
+
+
+def test_a_window_without_a_scale_is_noticed(caplog):
+    pipe = tiny_pipeline("canny")
+    for nowhere in ({"scales": slice(7, 9)}, {"scales": []}, {"end": 0.1}):
+        pipe("a red cube", control=Control("canny", edges(), **nowhere), seed=0, stop_after=1)
+        assert 'control "canny" acts at none of the 4 scales' in caplog.text
+        caplog.clear()
+    for meant in ({"scale": 0.0}, {"scales": [3]}):
+        pipe("a red cube", control=Control("canny", edges(), **meant), seed=0, stop_after=1)
+    assert "acts at none" not in caplog.text

@@ -84,6 +84,8 @@ def control(
 
     rows_of(strengths, baselines)  # complains before anything is loaded
     preset = _preset(protocol)
+    if preset and data == "toybox":
+        raise ValueError(f"--protocol {protocol} is for photos; pass their folder as --data")
     settings = dict(preset.detectors.get(kind, {}) if preset else {}) | read_changes(changes or [])
     pipe = load_pipeline(model, device, dtype)
     if load_control is not None:

@@ -46,7 +46,9 @@ def plan_of(own: Mapping[str, Any], options: Mapping[str, Any]) -> Callable[[int
     budget, ratios = options.get("pixels"), options.get("ratios")
     if own.get("family") != "infinity":
         if budget or ratios:
-            raise ValueError("pixels and ratios choose among templates; this model has one size, leave them out")
+            raise ValueError(
+                "pixels and ratios choose among templates; this model has one size; pass --set pixels=null"
+            )
         fixed = ScaleSchedule.from_dict(own)
         return lambda height, width: fixed
     budget = str(budget or own.get("budget", "1M"))

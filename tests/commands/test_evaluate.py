@@ -94,6 +94,7 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         ([*control, "--scales", "big"], "write for example 1.0,0.5"),
         ([*control, "--baseline", "luck"], "unknown baselines luck"),
         ([*control, "--protocol", "mine"], "pass one of controlnet++, controlar"),
+        ([*control, "--protocol", "controlar"], "is for photos; pass their folder as --data"),
         ([*control, "--data", tmp_path / "nowhere"], "there is no folder"),
         (["--kind", "palette", "--out", tmp_path / "new"], 'no control "palette"; there is canny, depth, pose'),
         (["--kind", "depth", "--estimator", tmp_path, "--out", tmp_path / "new"], "holds no estimator"),
