@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import typer
 
@@ -26,3 +26,14 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(1) from None
 
     return run
+
+
+def key_values(entries: Sequence[str], read: Callable[[str], Any], example: str) -> dict[str, Any]:
+    """The `KEY=VALUE` entries of an option --set, each value as `read` gives it."""
+    settings: dict[str, Any] = {}
+    for entry in entries:
+        key, equals, value = entry.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--set {entry!r} is not KEY=VALUE; write for example --set {example}")
+        settings[key] = read(value)
+    return settings

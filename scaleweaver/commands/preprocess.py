@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from scaleweaver.commands import one_line_errors
+from scaleweaver.commands import key_values, one_line_errors
 
 
 @one_line_errors
@@ -68,13 +68,11 @@ def preprocess(
 
 def read_changes(entries: Sequence[str]) -> dict[str, Any]:
     """`KEY=VALUE` entries; a value is JSON where it can be read as such, else text."""
-    settings: dict[str, Any] = {}
-    for entry in entries:
-        key, equals, value = entry.partition("=")
-        if not key or not equals:
-            raise ValueError(f"--set {entry!r} is not KEY=VALUE; write for example --set low=50")
-        try:
-            settings[key] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[key] = value
-    return settings
+    return key_values(entries, _json_or_text, "low=50")
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value

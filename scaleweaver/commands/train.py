@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from scaleweaver.commands import one_line_errors
+from scaleweaver.commands import key_values, one_line_errors
 
 
 @one_line_errors
@@ -53,13 +53,7 @@ def read_settings(entries: Sequence[str]) -> dict[str, Any]:
     """`KEY=VALUE` entries; a value is read as in a yaml file."""
     import yaml
 
-    settings: dict[str, Any] = {}
-    for entry in entries:
-        key, equals, value = entry.partition("=")
-        if not key or not equals:
-            raise ValueError(f"--set {entry!r} is not KEY=VALUE; write for example --set steps=200")
-        settings[key] = yaml.safe_load(value)
-    return settings
+    return key_values(entries, yaml.safe_load, "steps=200")
 
 
 def _print_estimate(config: Any, processes: int) -> None:
