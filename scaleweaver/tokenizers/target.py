@@ -158,6 +158,11 @@ class ResidualTarget:
         empty = latent.new_zeros(latent.shape[0], 0, self.width)  # a one-scale schedule has no inputs
         return torch.cat([empty, *inputs], dim=1), labels, scales[-1].latent
 
+    def magnitudes(self, latent: Tensor, schedule: ScaleSchedule, flips: Sequence[Tensor] = ()) -> Tensor:
+        """How much rest each bit of `self_correct` with these flips stands for, |rest| (B, L, D)."""
+        scales = self.quantize(latent, schedule, flips)
+        return torch.cat([self.pack(scale.residual.abs().permute(0, 2, 3, 1)) for scale in scales], dim=1)
+
     def _add(self, latent_sum: Tensor, bits: Tensor, step: ScaleStep) -> Tensor:
         codes = self.codes(bits, latent_sum.dtype).permute(0, 3, 1, 2)  # (B, d, ph, pw)
         return latent_sum + (codes if step.is_last else _bilinear(codes, latent_sum.shape[-2:]))

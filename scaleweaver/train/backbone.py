@@ -40,22 +40,25 @@ class BackboneLoss(nn.Module):
         schedule: ScaleSchedule,
         strength: float,
         corrected_scales: int,
+        by_magnitude: bool = False,
     ):
         super().__init__()
         self.transformer, self.text_encoder = transformer, text_encoder
         self.target, self.schedule = vae.target, schedule
-        self.strength, self.corrected_scales = strength, corrected_scales
+        self.strength, self.corrected_scales, self.by_magnitude = strength, corrected_scales, by_magnitude
 
     def forward(self, batch: Mapping[str, Tensor], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         text = encode_text(self.text_encoder, self.transformer, batch["ids"], batch["mask"], batch["drop"])
         with torch.no_grad():
             noise = torch.Generator(batch["latent"].device).manual_seed(seed)
-            inputs, labels, _ = self.target.self_correct(
-                batch["latent"], self.schedule, self.strength, self.corrected_scales, noise
+            latent = batch["latent"]
+            inputs, labels, flips = self.target.self_correct(
+                latent, self.schedule, self.strength, self.corrected_scales, noise
             )
+            magnitudes = self.target.magnitudes(latent, self.schedule, flips) if self.by_magnitude else None
         context = self.transformer.encode_text(text)
         logits = self.transformer(inputs, self.schedule.steps, context, KVCache())
-        loss, _, accuracy = bit_loss(logits, labels, self.schedule)
+        loss, _, accuracy = bit_loss(logits, labels, self.schedule, magnitudes=magnitudes)
         metrics = {f"accuracy_{i}": a.detach() for i, a in enumerate(accuracy)}
         return loss, metrics
 
@@ -71,25 +74,32 @@ def encode_text(
 
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Optimiser groups without weight decay on vectors, tables and gates, as in Infinity's recipe."""
-    tables = ("null_text", "first_position", "level_embed", "modulation", "log_scale", "query")
+    """Optimiser groups: the matrices inside blocks (Muon may take them), other matrices, and without weight decay
+    vectors, tables and gates, as in Infinity's recipe.
+    """
+    tables = ("null_text", "first_position", "level_embed", "modulation", "log_scale", "query", "attention_bias")
+    hidden: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     for name, p in named:
         table = any(part in name for part in tables) and "shared" not in name
-        (plain if p.ndim < 2 or table else decayed).append(p)
-    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        inside = p.ndim == 2 and ".block" in name  # transformer.blocks.0..., text_encoder.encoder.block.0...
+        (plain if p.ndim < 2 or table else hidden if inside else decayed).append(p)
+    return [{"params": hidden, "hidden": True}, {"params": decayed}, {"params": plain, "weight_decay": 0.0}]
 
 
 class BackboneRecipe:
     """Options: data, val_data, vae (folder), latents (cache folder), schedule, transformer (config), text_encoder
-    (config), vocabulary (size), strength, corrected_scales, text_dropout, empty_prompts; guidance_scale, temperature
-    and top_p of the pictures, also kept as the defaults of the result.
+    (config), vocabulary (size), strength, corrected_scales, by_magnitude (`bit_loss` weighs bits by the rest that they
+    stand for), explicit_captions (share of captions that say everything), text_dropout, empty_prompts; guidance_scale,
+    temperature and top_p of the pictures, also kept as the defaults of the result. start_from: a trained pipeline whose
+    networks and vocabulary go on learning, instead of fresh ones.
     """
 
     option_names = frozenset((
         "data", "val_data", "vae", "latents", "schedule", "transformer", "text_encoder", "vocabulary", "strength",
-        "corrected_scales", "text_dropout", "empty_prompts", "guidance_scale", "temperature", "top_p",
+        "corrected_scales", "by_magnitude", "explicit_captions", "text_dropout", "empty_prompts", "guidance_scale",
+        "temperature", "top_p", "start_from",
     ))  # fmt: skip
 
     def __init__(self, config: TrainConfig):
@@ -104,6 +114,25 @@ class BackboneRecipe:
         latents = Path(options.get("latents", Path(config.out) / "latents"))
         self.latents = latent_reader(latents / "train", self.vae, self.renders)
         self.held_out_latents = latent_reader(latents / "val", self.vae, self.held_out)
+        if start := options.get("start_from"):
+            self._continue(start)
+        else:
+            self._begin(options, config)
+        self.model: nn.Module = BackboneLoss(
+            self.transformer,
+            self.text_encoder,
+            self.vae,
+            self.schedule,
+            options.get("strength", 0.3),
+            options.get("corrected_scales", len(self.schedule)),
+            options.get("by_magnitude", False),
+        )
+        self.text_dropout: float = options.get("text_dropout", 0.1)
+        self.empty_prompts: float = options.get("empty_prompts", 0.02)
+        self.explicit: float = options.get("explicit_captions", 0.0)
+
+    def _begin(self, options: Mapping[str, Any], config: TrainConfig) -> None:
+        """Fresh networks and a vocabulary learned from the captions."""
         self.tokenizer = _vocabulary(Path(config.out), self.renders, options.get("vocabulary", 1024))
         unread = sorted(set(options["text_encoder"]) - set(T5Config().to_dict()))
         if unread:  # T5Config takes any name
@@ -113,16 +142,24 @@ class BackboneRecipe:
         bits = self.vae.target.width
         self.transformer = InfinityTransformer(text_width=text.d_model, bits=bits, **options["transformer"])
         self.transformer.init_weights()
-        self.model: nn.Module = BackboneLoss(
-            self.transformer,
-            self.text_encoder,
-            self.vae,
-            self.schedule,
-            options.get("strength", 0.3),
-            options.get("corrected_scales", len(self.schedule)),
-        )
-        self.text_dropout: float = options.get("text_dropout", 0.1)
-        self.empty_prompts: float = options.get("empty_prompts", 0.02)
+
+    def _continue(self, folder: str) -> None:
+        """The networks and the vocabulary of a trained pipeline, without its controls."""
+        from scaleweaver.pipeline import VARControlPipeline
+
+        pipe = VARControlPipeline.from_pretrained(folder)
+        for name in list(pipe.available_controls):
+            pipe.unload_control(name)
+        if pipe.text_encoder is None or pipe.tokenizer is None:
+            raise ValueError(f"start_from: {folder} has no text encoder; name a whole pipeline")
+        if pipe.vae.target != self.vae.target:
+            raise ValueError(
+                f"start_from: {folder} was trained on {pipe.vae.target}, the tokenizer {self.config.options['vae']} "
+                f"has {self.vae.target}; train on the tokenizer it knows"
+            )
+        self.tokenizer = pipe.tokenizer
+        self.text_encoder = pipe.text_encoder.float().train().requires_grad_(True)
+        self.transformer = pipe.transformer.float().train().requires_grad_(True)
 
     def parameter_groups(self) -> Iterable[dict[str, Any]]:
         return decay_groups(self.model.named_parameters())
@@ -134,6 +171,7 @@ class BackboneRecipe:
         for row in rows:
             wordings = self.renders.captions(row)
             texts.append("" if rng.random() < self.empty_prompts else wordings[rng.integers(len(wordings))])
+        texts = self.renders.told_in_full(rows, texts, self.explicit, np.random.default_rng((self.seed, index, 1)))
         drop = torch.from_numpy(rng.random(size) < self.text_dropout)
         return self._batch(self.latents(rows), texts, drop)
 

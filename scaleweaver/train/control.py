@@ -53,13 +53,14 @@ _NOBODY = -1  # position of a map that only keeps processes with sharded weights
 
 
 class ControlRecipe:
-    """Options: data, val_data, model (pipeline folder), latents (cache folder), strength, text_dropout,
-    control_dropout, z_lr_scale, text_cache (keep the features of all captions beside the latents, on by default where
-    the pictures are in stores: it pays where a run reads the captions several times), backbone_lr_scale (0, the
-    default: the backbone is frozen and the result is the controls; above 0 backbone and text encoder learn at this
-    multiple of the learning rate and the result is a whole pipeline), dtype (number format of what is frozen; what
-    learns is float32), gradient_checkpointing (both streams are run again in the backward pass instead of kept),
-    val_rows and val_pictures (held-out pictures for the losses and for the sheet).
+    """Options: data, val_data, model (pipeline folder), latents (cache folder), strength, by_magnitude (`bit_loss`
+    weighs bits by the rest that they stand for), explicit_captions (share of renders whose caption says everything, 0
+    by default; where captions are not kept), text_dropout, control_dropout, z_lr_scale, text_cache (keep the features
+    of all captions beside the latents, on by default where the pictures are in stores: it pays where a run reads the
+    captions several times), backbone_lr_scale (0, the default: the backbone is frozen and the result is the controls;
+    above 0 backbone and text encoder learn at this multiple of the learning rate and the result is a whole pipeline),
+    dtype (number format of what is frozen; what learns is float32), gradient_checkpointing (both streams are run again
+    in the backward pass instead of kept), val_rows and val_pictures (held-out pictures for the losses and the sheet).
 
     Which controls: kind, name and adapter (ScaleWeaverConfig fields) for one, or controls, a mapping from names to
     such fields (kind is the name unless given) for several. Among the fields, start_from names a control of the model
@@ -71,8 +72,8 @@ class ControlRecipe:
 
     option_names = PHOTO_OPTIONS | frozenset((
         "data", "val_data", "model", "latents", "kind", "name", "adapter", "controls", "pairs", "strength",
-        "text_dropout", "control_dropout", "z_lr_scale", "text_cache", "backbone_lr_scale", "dtype",
-        "gradient_checkpointing", "val_rows", "val_pictures",
+        "by_magnitude", "explicit_captions", "text_dropout", "control_dropout", "z_lr_scale", "text_cache",
+        "backbone_lr_scale", "dtype", "gradient_checkpointing", "val_rows", "val_pictures",
     ))  # fmt: skip
 
     def __init__(self, config: TrainConfig):
@@ -115,7 +116,9 @@ class ControlRecipe:
             self._read_features(options, keeps_text, whole)
         if options.get("gradient_checkpointing", False):
             self.pipe.transformer.enable_gradient_checkpointing()
-        self.model: nn.Module = ControlLoss(self.pipe, schedules, options.get("strength", 0.3), whole)
+        self.model: nn.Module = ControlLoss(
+            self.pipe, schedules, options.get("strength", 0.3), whole, options.get("by_magnitude", False)
+        )
 
     def _read_renders(self, options: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[ScaleSchedule]:
         if given := sorted(set(options) & PHOTO_OPTIONS):
@@ -211,7 +214,11 @@ class ControlRecipe:
         maps = self._maps(rows, rng, mine)
         own = [rows[position] for position in mine]
         if self.text is None:
-            text = self._tokens([captions[position][wordings[position]] for position in mine])
+            texts = [captions[position][wordings[position]] for position in mine]
+            if isinstance(self.pictures, Renders):
+                share = options.get("explicit_captions", 0.0)
+                texts = self.pictures.told_in_full(own, texts, share, np.random.default_rng((self.seed, index, 1)))
+            text = self._tokens(texts)
         else:
             features, lengths = self.text.read(own, [wordings[position] for position in mine])
             text = {"features": features, "lengths": lengths}

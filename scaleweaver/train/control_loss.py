@@ -30,10 +30,15 @@ class ControlLoss(nn.Module):
     """
 
     def __init__(
-        self, pipe: VARControlPipeline, schedules: Sequence[ScaleSchedule], strength: float, whole: bool = False
+        self,
+        pipe: VARControlPipeline,
+        schedules: Sequence[ScaleSchedule],
+        strength: float,
+        whole: bool = False,
+        by_magnitude: bool = False,
     ):
         super().__init__()
-        self.whole = whole
+        self.whole, self.by_magnitude = whole, by_magnitude
         self.transformer, self.text_encoder, self.vae = pipe.transformer, pipe.text_encoder, pipe.vae
         self.adapters = nn.ModuleDict(pipe.controls)
         self.schedules = {pipe.vae.target.final_grid(schedule): schedule for schedule in schedules}
@@ -44,10 +49,12 @@ class ControlLoss(nn.Module):
         with torch.set_grad_enabled(self.whole and torch.is_grad_enabled()):
             context = self.transformer.encode_text(self._text(batch))
         with torch.no_grad():
-            inputs, labels, _ = target.self_correct(batch["latent"], schedule, flips=self._flips(batch, schedule, seed))
+            latent, flips = batch["latent"], self._flips(batch, schedule, seed)
+            inputs, labels, _ = target.self_correct(latent, schedule, flips=flips)
+            magnitudes = target.magnitudes(latent, schedule, flips) if self.by_magnitude else None
         injectors = self._injectors(batch, context, schedule)
         logits = self.transformer(inputs, schedule.steps, context, KVCache(), injectors=injectors)
-        loss, _, accuracy = bit_loss(logits, labels, schedule)
+        loss, _, accuracy = bit_loss(logits, labels, schedule, magnitudes=magnitudes)
         return loss, {f"accuracy_{i}": a.detach() for i, a in enumerate(accuracy)}
 
     def _flips(self, batch: Mapping[str, Tensor], schedule: ScaleSchedule, seed: int) -> list[Tensor]:

@@ -19,9 +19,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
+from scaleweaver.evaluate.prompts import explicit_caption
 from scaleweaver.tokenizers.bsq import BSQTokenizer
 from scaleweaver.toybox.drawing import draw_skeleton
 from scaleweaver.toybox.progress import rendering_progress
+from scaleweaver.toybox.scene import sample_scene
 from scaleweaver.toybox.store import RenderStore, cache_renders
 from scaleweaver.train.online import BLOCK, OnlineRenders
 
@@ -92,6 +94,19 @@ class Renders:
         store, i = self._find(row)
         settings: Mapping[str, Any] = store.settings
         return settings["split"], settings["start"] + i
+
+    def explicit_caption(self, row: int) -> str:
+        """The wording that says all that can be asked of this picture; needs no rendering."""
+        return explicit_caption(sample_scene(*self.source(row)))
+
+    def told_in_full(
+        self, rows: Sequence[int], texts: Sequence[str], share: float, rng: np.random.Generator
+    ) -> list[str]:
+        """The texts of some rows, a share of them replaced by explicit captions."""
+        replaced = rng.random(len(rows)) < share
+        return [
+            self.explicit_caption(row) if full else text for row, text, full in zip(rows, texts, replaced, strict=True)
+        ]
 
     def depth(self, row: int) -> Pixels:
         """(H, W, 3), near is bright."""

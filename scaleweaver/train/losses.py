@@ -13,12 +13,18 @@ from scaleweaver.schedule import ScaleSchedule
 
 
 def bit_loss(
-    logits: Tensor, labels: Tensor, schedule: ScaleSchedule, reweight: bool = True
+    logits: Tensor,
+    labels: Tensor,
+    schedule: ScaleSchedule,
+    reweight: bool = True,
+    magnitudes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits (B, T, 2N), outputs 2j and 2j + 1 for bit j being 0 and 1; labels (B, T, N) in {0, 1}.
 
     Returns the loss, the mean bit cross-entropy per scale (S,) in nats and the share of right bits per scale (S,), the
     last without gradient. With `reweight` a token of scale k weighs 1 / sqrt(n_k), otherwise all tokens weigh the same.
+    `magnitudes` (B, T, N) weigh the bits within each scale: those of the rests that the bits stand for make the loss
+    forget signs of next to nothing (ours, no paper's).
     """
     counts = torch.tensor([step.n for step in schedule.steps])
     if logits.shape[:2] != labels.shape[:2] or logits.shape[2] != 2 * labels.shape[2] or len(counts) == 0:
@@ -31,7 +37,11 @@ def bit_loss(
     entropy = F.binary_cross_entropy_with_logits(difference, target, reduction="none")  # (B, T, N)
     right = ((difference.detach() > 0) == (target > 0)).float()  # (B, T, N)
     sizes = counts.tolist()
-    per_scale = torch.stack([part.mean() for part in entropy.split(sizes, dim=1)])  # (S,)
+    parts = entropy.split(sizes, dim=1)
+    if magnitudes is not None:
+        weighed = zip(parts, magnitudes.to(entropy.dtype).split(sizes, dim=1), strict=True)
+        parts = tuple(part * m / m.mean().clamp_min(1e-6) for part, m in weighed)
+    per_scale = torch.stack([part.mean() for part in parts])  # (S,)
     accuracy = torch.stack([part.mean() for part in right.split(sizes, dim=1)])  # (S,)
     # n_k tokens of weight 1 / sqrt(n_k) make sqrt(n_k) for the scale
     weights = counts.to(per_scale).sqrt() if reweight else counts.to(per_scale)

@@ -37,34 +37,52 @@ class TokenizerLoss(nn.Module):
         self.difference, self.commitment, self.entropy = difference, commitment, entropy
 
     def forward(self, images: Tensor, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.vae.encoder.conv_out.weight.requires_grad:  # the codes stay as they are, the decoder alone learns
+            with torch.no_grad():
+                latent = self.vae.quantize(self.vae.encode(images), self.schedule)[1]
+            pixel, edges = self._differences(self.vae.decoder(latent), images)
+            return pixel + self.difference * edges, {"l1": pixel.detach(), "edges": edges.detach()}
         drawn, code = self.vae(images, self.schedule)
-        pixel = (drawn - images).abs().mean()
-        edges = sum((drawn.diff(dim=d) - images.diff(dim=d)).abs().mean() for d in (2, 3))
+        pixel, edges = self._differences(drawn, images)
         commitment = code.commitment[-1]
         entropy = code.entropy.mean()
         loss = pixel + self.difference * edges + self.commitment * commitment + self.entropy * entropy
         return loss, {"l1": pixel.detach(), "commitment": commitment.detach(), "entropy": entropy.detach()}
 
+    @staticmethod
+    def _differences(drawn: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean absolute difference of pixels, and of their steps to the right and down."""
+        steps = [(drawn.diff(dim=d) - images.diff(dim=d)).abs().mean() for d in (2, 3)]
+        return (drawn - images).abs().mean(), steps[0] + steps[1]
+
 
 class TokenizerRecipe:
     """Options: data (renders), val_data, vae (constructor arguments), schedule, maps (fraction of control maps),
     difference, commitment, entropy (loss weights), start_scale (of the shortcuts, see `principal_start`).
+
+    start_from: the folder of a tokenizer to go on with instead of vae. decoder_only: its codes stay what they are, so
+    that a transformer trained on them stays right, and the decoder learns to draw them better.
     """
 
-    option_names = frozenset(
-        ("data", "val_data", "vae", "schedule", "maps", "difference", "commitment", "entropy", "start_scale")
-    )
+    option_names = frozenset((
+        "data", "val_data", "vae", "schedule", "maps", "difference", "commitment", "entropy", "start_scale",
+        "start_from", "decoder_only",
+    ))  # fmt: skip
 
     def __init__(self, config: TrainConfig):
         options = config.options.among(self.option_names)
         torch.manual_seed(config.seed)
         self.schedule = ScaleSchedule.from_dict(options["schedule"])
-        self.vae = BSQTokenizer(**options["vae"])
+        start = options.get("start_from")
+        if options.get("decoder_only") and not start:
+            raise ValueError("decoder_only improves a trained tokenizer; name its folder as start_from")
+        self.vae = BSQTokenizer.from_pretrained(start).float() if start else BSQTokenizer(**options["vae"])
+        self.vae.train().encoder.requires_grad_(not options.get("decoder_only", False))
         self.renders = Renders(options["data"])
         self.held_out = Renders(options["val_data"])
         self.maps: float = options.get("maps", 0.2)
         self.seed = config.seed
-        if options["vae"].get("shortcut"):
+        if not start and options["vae"].get("shortcut"):
             principal_start(self.vae, self.batch(0, min(512, len(self.renders))), options.get("start_scale", 0.35))
         self.model: nn.Module = TokenizerLoss(
             self.vae,
@@ -76,7 +94,7 @@ class TokenizerRecipe:
         self.config = config
 
     def parameter_groups(self) -> Iterable[dict[str, Any]]:
-        return [{"params": self.vae.parameters()}]
+        return [{"params": [p for p in self.vae.parameters() if p.requires_grad]}]
 
     def batch(self, index: int, size: int) -> Tensor:
         rng = np.random.default_rng((self.seed, index))

@@ -26,9 +26,9 @@ from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from scaleweaver.train.optimizers import OPTIMIZERS, make_optimizer
 from scaleweaver.train.processes import anyone, average_gradients, check_setup, is_sharded, mean, prepare
 
-OPTIMIZERS = ("adamw", "adamw_fused", "adamw_8bit")
 STATE_FILE = "state.pt"
 
 
@@ -67,7 +67,8 @@ class TrainConfig:
     clip: float = 1.0
     accumulate: int = 1
     ema: float = 0.999
-    optimizer: str = "adamw"  # "adamw_fused": one kernel a step; "adamw_8bit": a quarter of the state, bitsandbytes
+    optimizer: str = "adamw"  # "adamw_fused": one kernel a step; "adamw_8bit": a quarter of the state, bitsandbytes;
+    # "muon": Muon on hidden matrices (optimizers.py)
     precision: str = "no"  # "bf16" and "fp16": autocast
     seed: int = 0
     log_every: int = 20
@@ -147,7 +148,7 @@ def train(recipe: Recipe, config: TrainConfig) -> Path:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1, default=str))
     groups = [{**g, "params": list(g["params"])} for g in recipe.parameter_groups()]
     trained = [p for g in groups for p in g["params"]]
-    model, optimizer = prepare(accelerator, recipe, _optimizer(groups, config), trained)
+    model, optimizer = prepare(accelerator, recipe, make_optimizer(groups, config), trained)
     ema = EMAModel(trained, decay=config.ema, use_ema_warmup=True, power=0.75)
     state = _State(recipe.model, optimizer, ema, accelerator.scaler)
     accelerator.wait_for_everyone()
@@ -193,21 +194,6 @@ def train(recipe: Recipe, config: TrainConfig) -> Path:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return out / "result"
-
-
-def _optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW in the form that the config names."""
-    values: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
-    if config.optimizer != "adamw_8bit":
-        return torch.optim.AdamW(groups, fused=config.optimizer == "adamw_fused" or None, **values)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError(
-            f'optimizer adamw_8bit needs bitsandbytes ({error}); run pip install "scaleweaver[train8bit]", or set '
-            "optimizer to adamw_fused"
-        ) from error
-    return AdamW8bit(groups, **values)
 
 
 def _optimise(

@@ -136,6 +136,18 @@ def test_self_correction_draws_flips_and_repairs_them(target: ResidualTarget, sm
     assert not torch.equal(noisy_inputs, inputs) and not torch.equal(noisy_labels, labels)
 
 
+def test_magnitudes_are_the_rests_behind_the_labels(
+    target: ResidualTarget, latent: torch.Tensor, small_schedule: ScaleSchedule
+) -> None:
+    _, labels, flips = target.self_correct(latent, small_schedule, 0.3, 2, torch.Generator().manual_seed(3))
+    magnitudes = target.magnitudes(latent, small_schedule, flips)
+    rests = [scale.residual.permute(0, 2, 3, 1) for scale in target.quantize(latent, small_schedule, flips)]
+    signed = torch.cat([target.pack(rest) for rest in rests], dim=1)  # (B, L, D)
+    assert magnitudes.shape == labels.shape and (magnitudes >= 0).all()
+    torch.testing.assert_close(magnitudes * (labels.float() * 2 - 1), signed)
+    assert not torch.equal(magnitudes, target.magnitudes(latent, small_schedule))
+
+
 def test_bad_shapes(target: ResidualTarget, latent: torch.Tensor, small_schedule: ScaleSchedule) -> None:
     with pytest.raises(ValueError, match=r"expected \(B, 3, 6, 8\)"):
         next(target.quantize(latent[..., :4], small_schedule))

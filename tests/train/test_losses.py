@@ -62,3 +62,25 @@ def test_truncated_schedules_and_wrong_shapes():
         bit_loss(logits[:, :5], labels[:, :5], tiny_schedule())
     with pytest.raises(ValueError, match="two per bit"):
         bit_loss(logits[..., :8], labels, tiny_schedule())
+
+
+def test_magnitudes_weigh_bits_within_their_scale():
+    logits, labels = draw()
+    plain, per_scale, accuracy = bit_loss(logits, labels, tiny_schedule())
+    even = bit_loss(logits, labels, tiny_schedule(), magnitudes=torch.full((2, 30, 5), 3.0))
+    torch.testing.assert_close(even[0], plain)
+    sizes = torch.rand(2, 30, 5, generator=torch.Generator().manual_seed(1))
+    sizes[:, :, 0] = 0.0  # signs of nothing
+    logits.requires_grad_()
+    loss, weighed, same = bit_loss(logits, labels, tiny_schedule(), magnitudes=sizes)
+    entropy = F.cross_entropy(logits.unflatten(-1, (5, 2)).flatten(0, 2), labels.flatten().long(), reduction="none")
+    wanted = [
+        (e * m).sum() / m.sum()
+        for e, m in zip(entropy.view(2, 30, 5).split([1, 4, 9, 16], 1), sizes.split([1, 4, 9, 16], 1), strict=True)
+    ]
+    torch.testing.assert_close(weighed, torch.stack(wanted))
+    assert torch.equal(same, accuracy) and not torch.allclose(weighed, per_scale)
+    loss.backward()
+    assert (logits.grad[..., :2] == 0).all() and (logits.grad[..., 2:] != 0).all()
+    nothing = bit_loss(logits.detach(), labels, tiny_schedule(), magnitudes=torch.zeros(2, 30, 5))[0]
+    assert nothing == 0

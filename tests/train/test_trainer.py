@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_runs import TINY, curve, written
-from torch import Tensor, nn
+from noisy_run import Kill, Noisy, assert_same_run, config, weights
+from tiny_runs import SCHEDULE, TINY, curve, written
 
 from scaleweaver import VARControlPipeline
 from scaleweaver.evaluate.attributes import AttributeJudge
+from scaleweaver.evaluate.prompts import explicit_caption
 from scaleweaver.tokenizers.bsq import BSQTokenizer
+from scaleweaver.toybox.scene import sample_scene
 from scaleweaver.toybox.store import cache_renders
 from scaleweaver.train import run
 from scaleweaver.train.backbone import BackboneRecipe
@@ -25,65 +25,6 @@ from scaleweaver.train.data import Renders, as_pixels, cached_latents, shuffled,
 from scaleweaver.train.judge import JudgeRecipe
 from scaleweaver.train.tokenizer import TokenizerRecipe
 from scaleweaver.train.trainer import TrainConfig, train
-
-
-class Kill(Exception):
-    """Stands for what ends a run in between."""
-
-
-class Noisy:
-    """A recipe of a small network with drop-out and noise of its own, which ends at batch `kill`."""
-
-    def __init__(self, kill: int | None = None):
-        torch.manual_seed(0)
-        self.model: nn.Module = NoisyLoss()
-        self.kill = kill
-        self.validated: list[tuple[bool, bool]] = []
-
-    def parameter_groups(self) -> Iterable[dict[str, Any]]:
-        first, second = self.model.first, self.model.second
-        return [{"params": first.parameters(), "lr_scale": 0.5}, {"params": second.parameters(), "weight_decay": 0.1}]
-
-    def batch(self, index: int, size: int) -> Mapping[str, Any]:
-        if index == self.kill:
-            raise Kill
-        return {"x": torch.from_numpy(np.random.default_rng(index).normal(size=(size, 4))).float()}
-
-    def validate(self, folder: Path, step: int) -> Mapping[str, float]:
-        self.validated.append((self.model.first.training, self.model.frozen.training))
-        return {"weight": float(self.model.second.weight.detach().sum())}
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save({k: v.clone() for k, v in self.model.state_dict().items()}, folder / "model.pt")
-
-
-class NoisyLoss(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.drop = nn.Linear(4, 8), nn.Linear(8, 1), nn.Dropout(0.3)
-        self.frozen = nn.Dropout(0.5).eval()
-
-    def forward(self, batch: Mapping[str, Tensor], seed: int) -> tuple[Tensor, dict[str, float]]:
-        noise = torch.randn(batch["x"].shape, generator=torch.Generator().manual_seed(seed))
-        drawn = self.second(self.drop(torch.tanh(self.first(batch["x"] + 0.1 * noise))))
-        loss = (drawn - batch["x"].sum(1, keepdim=True)).square().mean()
-        return loss, {"seed": float(seed % 1000)}
-
-
-def config(out: Path, **more: Any) -> TrainConfig:
-    values = {"recipe": "noisy", "out": str(out), "steps": 6, "batch": 3, "lr": 0.05, "warmup": 2, "accumulate": 2}
-    return TrainConfig.from_mapping(values | {"log_every": 1, "validate_every": 3, "checkpoint_every": 3} | more)
-
-
-def weights(out: Path) -> dict[str, Tensor]:
-    return torch.load(out / "result" / "model.pt")
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert curve(one) == curve(other)
-    for name, value in weights(one).items():
-        assert torch.equal(value, weights(other)[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +203,50 @@ def test_backbone_recipe(results):
     assert {"loss", "accuracy_0", "accuracy_1", "val_loss", "val_accuracy_1"} <= names
     saved = BSQTokenizer.from_pretrained(results / "tokenizer/result/vae").state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in pipe.vae.state_dict().items())  # frozen
+
+
+def test_a_decoder_learns_alone(results, tmp_path):
+    """The codes of a picture stay, so a transformer trained on them stays right."""
+    start, data = results / "tokenizer/result/vae", str(results / "train")
+    options = {"recipe": "tokenizer", "out": str(tmp_path / "run"), "data": data, "val_data": data}
+    options |= {"schedule": SCHEDULE, "decoder_only": True, "lr": 1e-2}
+    with pytest.raises(ValueError, match="decoder_only improves a trained tokenizer; name its folder as start_from"):
+        run(written(tmp_path, TINY | options))
+    run(written(tmp_path, TINY | options | {"start_from": str(start)}))
+    before = BSQTokenizer.from_pretrained(start).state_dict()
+    after = BSQTokenizer.from_pretrained(tmp_path / "run/result/vae").state_dict()
+    changed = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {"decoder"}
+    assert {"l1", "edges", "val_psnr"} <= {row[1] for row in curve(tmp_path / "run")}
+
+
+def test_a_backbone_goes_on_from_a_pipeline(results, tmp_path):
+    pictures = {"data": str(results / "train"), "val_data": str(results / "val"), "schedule": SCHEDULE}
+    options = TINY | pictures | {"recipe": "backbone", "out": str(tmp_path / "run"), "optimizer": "muon"}
+    options |= {"vae": str(results / "tokenizer/result/vae"), "start_from": str(results / "backbone/result")}
+    recipe = BackboneRecipe(TrainConfig.from_mapping(options))
+    saved = VARControlPipeline.from_pretrained(results / "backbone/result")
+    for one, other in ((recipe.transformer, saved.transformer), (recipe.text_encoder, saved.text_encoder)):
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+        assert all(p.requires_grad for p in one.parameters())
+    assert recipe.tokenizer.get_vocab() == saved.tokenizer.get_vocab()
+    run(written(tmp_path, options | {"by_magnitude": True}))
+    gone_on = VARControlPipeline.from_pretrained(tmp_path / "run/result").transformer
+    assert not torch.equal(gone_on.blocks[0].attn.qkv.weight, saved.transformer.blocks[0].attn.qkv.weight)
+    other = BSQTokenizer(bits=8, stride=8, patch=2, fold=4, widths=[8, 16], norm_groups=4)
+    other.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="train on the tokenizer it knows"):
+        run(written(tmp_path, options | {"vae": str(tmp_path / "vae"), "out": str(tmp_path / "other")}))
+
+
+def test_captions_that_say_everything(results):
+    renders = Renders(str(results / "train"))
+    scenes = [sample_scene(*renders.source(row)) for row in range(5)]
+    rng = np.random.default_rng(0)
+    assert renders.told_in_full(range(5), ["x"] * 5, 1.0, rng) == [explicit_caption(scene) for scene in scenes]
+    assert renders.told_in_full(range(5), ["x"] * 5, 0.0, rng) == ["x"] * 5
+    mixed = renders.told_in_full([0] * 400, ["x"] * 400, 0.25, rng)
+    assert 60 < sum(text != "x" for text in mixed) < 140
 
 
 def test_judge_recipe(results):
