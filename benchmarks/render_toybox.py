@@ -1,6 +1,6 @@
 """How fast the toy world is rendered on one thread: 128 pixels, 4 samples a pixel, batches of 16, captions included.
 
-python benchmarks/render_toybox.py [--count 64]
+python benchmarks/render_toybox.py [--count 64] [--world 2]
 """
 
 from __future__ import annotations
@@ -24,20 +24,24 @@ PACKAGES = ("scaleweaver", "torch", "numpy")
 RESULT = Path(__file__).parent / "results" / "render_toybox.json"
 
 
-def batches(start: int, count: int) -> ToyboxBatches:
-    return ToyboxBatches("test", BATCH, start=start, count=count, size=SIZE, supersample=SUPERSAMPLE, workers=0)
+def batches(start: int, count: int, world: int) -> ToyboxBatches:
+    return ToyboxBatches(
+        "test", BATCH, start=start, count=count, size=SIZE, supersample=SUPERSAMPLE, workers=0, version=world
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=64, help="pictures to render")
-    count = parser.parse_args().count
+    parser.add_argument("--world", type=int, default=1, help="version of the world")
+    options = parser.parse_args()
+    count, world = options.count, options.world
     torch.set_num_threads(1)
 
-    for _ in batches(count, BATCH):  # imports, tables that are built once
+    for _ in batches(count, BATCH, world):  # imports, tables that are built once
         pass
     wall, cpu = time.perf_counter(), time.process_time()
-    for _ in batches(0, count):
+    for _ in batches(0, count, world):
         pass
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 
@@ -46,19 +50,21 @@ def main() -> None:
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
         "load_average": os.getloadavg(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "threads": 1, "size": SIZE, "supersample": SUPERSAMPLE, "batch": BATCH, "pictures": count, "runs": 1,
+        "threads": 1, "size": SIZE, "supersample": SUPERSAMPLE, "batch": BATCH, "world": world, "pictures": count,
+        "runs": 1,
         "seconds": round(wall, 3), "cpu_seconds": round(cpu, 3),
         # other load on the machine lowers the first number only
         "pictures_per_second": round(count / wall, 2), "pictures_per_cpu_second": round(count / cpu, 2),
     }  # fmt: skip
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    file = RESULT if world == 1 else RESULT.with_stem(f"{RESULT.stem}_world{world}")
+    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
     print(f"{processor()}, 1 thread, {SIZE}x{SIZE}, {SUPERSAMPLE**2} samples a pixel, batches of {BATCH}, one run")
     print()
-    print("| pictures | seconds | CPU seconds | pictures per second | pictures per CPU second |")
-    print("|---|---|---|---|---|")
-    print(f"| {count} | {wall:.2f} | {cpu:.2f} | {count / wall:.1f} | {count / cpu:.1f} |")
+    print("| world | pictures | seconds | CPU seconds | pictures per second | pictures per CPU second |")
+    print("|---|---|---|---|---|---|")
+    print(f"| {world} | {count} | {wall:.2f} | {cpu:.2f} | {count / wall:.1f} | {count / cpu:.1f} |")
 
 
 if __name__ == "__main__":

@@ -222,6 +222,7 @@ def render(
     shards: Annotated[bool, typer.Option("--shards", help="Write tar files in place of single ones.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that render beside this one.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; other than cpu it needs 0 workers.")] = "cpu",
+    version: Annotated[int, typer.Option("--world", help="Version of the world: 1, which the weights know, or 2.")] = 1,
 ) -> None:
     """Render the built-in world: pictures with captions and exact control maps. Goes on where it was stopped."""
     if world != "toybox":
@@ -233,7 +234,7 @@ def render(
     with rendering_progress("rendering") as on_progress:
         rendered = write_folder(
             out, split, count, start=start, size=size, shards=shards, workers=workers, device=device,
-            on_progress=on_progress,
+            version=version, on_progress=on_progress,
         )  # fmt: skip
     typer.echo(f"{out}: {count} pictures, {rendered} rendered now, in {time.perf_counter() - started:.1f} s")
 

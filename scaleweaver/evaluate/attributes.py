@@ -22,10 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scaleweaver.hub import built_in_folder
-from scaleweaver.toybox.compose import WORLD
-from scaleweaver.toybox.looks import GROUNDS, SKIES
-from scaleweaver.toybox.people import POSES
-from scaleweaver.toybox.scene import COLORS
+from scaleweaver.toybox.worlds import VERSION, check_same_world, world_of
 
 STRIDE = 8  # pixels per cell of the heat maps
 MOST_ITEMS = 6  # peaks read per picture; a scene holds three things
@@ -54,24 +51,27 @@ class Judgement:
     items: tuple[FoundItem, ...]
     ground: str
     sky: str
+    world: int = VERSION  # the version whose names these are
 
 
 class AttributeJudge(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Pictures of the built-in world -> the things in them, with colour, place, pose and clothes.
 
-    The names it knows are saved with its weights. `threshold` is the confidence from which a peak counts as a thing.
+    The names it knows are saved with its weights: those of a version of the world unless they are given. `threshold`
+    is the confidence from which a peak counts as a thing.
     """
 
     @register_to_config
     def __init__(
         self,
-        kinds: Sequence[str] = (*WORLD, PERSON),
-        colors: Sequence[str] = tuple(COLORS),
-        poses: Sequence[str] = tuple(POSES),
-        grounds: Sequence[str] = tuple(GROUNDS),
-        skies: Sequence[str] = tuple(SKIES),
+        kinds: Sequence[str] = (*world_of(VERSION).kinds, PERSON),
+        colors: Sequence[str] = world_of(VERSION).colors,
+        poses: Sequence[str] = world_of(VERSION).poses,
+        grounds: Sequence[str] = world_of(VERSION).grounds,
+        skies: Sequence[str] = world_of(VERSION).skies,
         widths: Sequence[int] = (32, 64, 96, 144, 192),
         threshold: float = 0.3,
+        world: int = VERSION,
     ) -> None:
         super().__init__()
         stem, fine, cell, half, quarter = widths  # channels at 1/2, 1/4, 1/8 (the cells), 1/16 and 1/32 of the size
@@ -184,7 +184,7 @@ class AttributeJudge(ModelMixin, ConfigMixin):  # type: ignore[misc]
                     )
                 )
             ground, sky = names["grounds"][out["ground"][b].argmax()], names["skies"][out["sky"][b].argmax()]
-            judgements.append(Judgement(tuple(items), ground, sky))
+            judgements.append(Judgement(tuple(items), ground, sky, names["world"]))
         return judgements
 
 
@@ -202,6 +202,7 @@ def score(judgements: Sequence[Judgement], attributes: Sequence[Mapping[str, Any
 
 def facts(judgement: Judgement, asked: Mapping[str, Any]) -> dict[str, list[bool]]:
     """Which of the facts asked of one picture were found, by name; see `score`."""
+    check_same_world("the judge", judgement.world, asked)
     best = max(_readings(judgement.items, asked), key=lambda reading: sum(sum(f) for f in reading.values()))
     best["count"] = [len(judgement.items) == asked["count"]]
     best["all"] = [all(right for rights in best.values() for right in rights)]

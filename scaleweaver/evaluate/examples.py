@@ -23,7 +23,9 @@ from scaleweaver.evaluate.prompts import explicit_caption
 from scaleweaver.images import fit, read_image
 from scaleweaver.toybox.dataset import ToyboxBatch, draw_batch
 from scaleweaver.toybox.drawing import depth_map, draw_skeleton
-from scaleweaver.toybox.scene import VERSION, Person, attributes, sample_scene
+from scaleweaver.toybox.folder import SETTINGS as RENDERED
+from scaleweaver.toybox.scene import Person, attributes, sample_scene
+from scaleweaver.toybox.worlds import VERSION, check_same_world
 from scaleweaver.train.data import fingerprint
 from scaleweaver.train.photo_files import CAPTIONS, ENDINGS
 
@@ -56,6 +58,11 @@ class Examples(Protocol):
         """How many there are, None for any number."""
         ...
 
+    @property
+    def world(self) -> int | None:
+        """Version of the built-in world that the pictures show, None for any other pictures."""
+        ...
+
     def read(self, numbers: Sequence[int]) -> list[Example]: ...
 
 
@@ -67,6 +74,7 @@ class ToyboxExamples:
     """
 
     limit: int | None = None
+    world: int | None = VERSION
 
     def __init__(
         self,
@@ -147,6 +155,11 @@ class FolderExamples:
         self.pairs = captions(self.folder)
         given = dict(detectors or {})
         self.detectors: dict[str, Any] = {kind: preprocessor(kind, **given.get(kind, {})) for kind in kinds}
+        rendered = self.folder / RENDERED
+        self.world: int | None = json.loads(rendered.read_text())["version"] if rendered.is_file() else None
+        for kind in kinds:
+            if self.world is not None and given.get(kind, {}).get("model") == "toybox":
+                check_same_world(f'the built-in network of "{kind}"', VERSION, self.world)
 
     @property
     def limit(self) -> int | None:

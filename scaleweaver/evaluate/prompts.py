@@ -13,23 +13,31 @@ from scaleweaver.toybox.captions import (
     HAIR_WORDS,
     NOUNS,
     OPPOSITE,
+    PATTERN_WORDS,
     POSE_WORDS,
     SIZE_WORDS,
     SKY_WORDS,
+    WEATHER_WORDS,
 )
-from scaleweaver.toybox.scene import Person, Scene, Thing, relations
+from scaleweaver.toybox.scene import Person, Scene, Thing, base, relations
 
 
 def explicit_caption(scene: Scene) -> str:
-    """One fixed wording in the training grammar: kinds, colours, sizes, clothes, poses, relations, ground and sky."""
+    """One fixed wording in the training grammar: things, colours, clothes, poses, relations, ground, sky, weather."""
     body = _body(scene)
     comma = "," if "," in body else ""
-    return f"{body}{comma} {GROUND_WORDS[scene.ground][0]} {SKY_WORDS[scene.sky][0]}"
+    weather = "".join(f" {words}" for words in WEATHER_WORDS[scene.weather][:1])
+    return f"{body}{comma} {GROUND_WORDS[scene.ground][0]} {SKY_WORDS[scene.sky][0]}{weather}"
 
 
 def _body(scene: Scene) -> str:
     names = [_person(item) if isinstance(item, Person) else _thing(item) for item in scene.items]
     links = relations(scene)
+    if len(names) == 4:
+        return f"{COUNTS[4][0]} from left to right: {_row(scene, names)}"
+    if len(names) == 3 and isinstance(scene.items[0], Person):
+        left, right = sorted((1, 2), key=lambda i: scene.items[i].x)
+        return f"{names[0]}, between {names[left]} and {names[right]}"
     if len(names) == 3 and (stack := [(i, j) for i, relation, j in links if relation == "on top of"]):
         top, carrier = stack[0]
         other = 3 - top - carrier
@@ -45,6 +53,14 @@ def _body(scene: Scene) -> str:
     return names[0]
 
 
+def _row(scene: Scene, names: list[str]) -> str:
+    """Things from left to right, each with what stands on it."""
+    stacked = {below: top for top, relation, below in relations(scene) if relation == "on top of"}
+    row = sorted((i for i in range(len(names)) if not base(scene.items[i])), key=lambda i: scene.items[i].x)
+    told = [f"{names[stacked[i]]} on top of {names[i]}" if i in stacked else names[i] for i in row]
+    return f"{', '.join(told[:-1])} and {told[-1]}"
+
+
 def _relation(scene: Scene, i: int, j: int) -> str | None:
     """The relation of item i to item j, told from either side."""
     for first, relation, second in relations(scene):
@@ -57,8 +73,9 @@ def _relation(scene: Scene, i: int, j: int) -> str | None:
 
 def _thing(thing: Thing) -> str:
     size = [] if thing.size == "medium" else [SIZE_WORDS[thing.size][0]]
-    finish = [FINISH_WORDS["glossy"][0]] if thing.finish == "glossy" else []
-    return _article(" ".join([*size, *finish, thing.color, NOUNS[thing.kind][0]]))
+    finish = [] if thing.finish == "matte" else [FINISH_WORDS[thing.finish][0]]
+    pattern = PATTERN_WORDS[thing.pattern][:1]
+    return _article(" ".join([*size, *finish, thing.color, *pattern, NOUNS[thing.kind][0]]))
 
 
 def _person(person: Person) -> str:

@@ -18,6 +18,7 @@ from scaleweaver.evaluate.frechet import ClipAgreement, FeatureExtractor, Incept
 from scaleweaver.evaluate.meters import Column
 from scaleweaver.evaluate.record import Record
 from scaleweaver.evaluate.report import Card, Outcome, Panel
+from scaleweaver.toybox.worlds import check_same_world
 from scaleweaver.train.data import fingerprint
 from scaleweaver.train.tokenizer import reconstruct
 
@@ -85,6 +86,8 @@ def evaluate_quality(
         raise ValueError(f"count {count}, images per prompt {images_per_prompt}, batch {batch}; pass at least 2, 1, 1")
     if examples.limit is not None and count > examples.limit:
         raise ValueError(f"{count} examples are asked for and there are {examples.limit}; pass a smaller count")
+    if metrics.judge is not None and examples.world is not None:
+        check_same_world("the judge", metrics.judge.config["world"], examples.world)
     # asked for first: a missing package or download must not show after hours of drawing
     fid = InceptionDistance(metrics.device) if metrics.fid else None
     clip = ClipAgreement(metrics.clip, metrics.device) if metrics.clip else None

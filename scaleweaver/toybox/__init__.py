@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from scaleweaver.toybox.render import Frames
     from scaleweaver.toybox.scene import Camera, Person, Scene, Thing, attributes, relations, sample_scene
     from scaleweaver.toybox.store import RenderStore, cache_renders
+    from scaleweaver.toybox.worlds import World, world_of
 
 _MODULE_OF = {
     "Camera": "scene",
@@ -35,6 +36,7 @@ _MODULE_OF = {
     "ToyboxBatches": "dataset",
     "ToyboxDataset": "dataset",
     "ToyboxSample": "dataset",
+    "World": "worlds",
     "attributes": "scene",
     "cache_renders": "store",
     "caption": "captions",
@@ -46,6 +48,7 @@ _MODULE_OF = {
     "relations": "scene",
     "sample_scene": "scene",
     "vocabulary": "captions",
+    "world_of": "worlds",
     "write_folder": "folder",
 }
 
@@ -60,6 +63,7 @@ __all__ = [
     "ToyboxBatches",
     "ToyboxDataset",
     "ToyboxSample",
+    "World",
     "attributes",
     "cache_renders",
     "caption",
@@ -71,6 +75,7 @@ __all__ = [
     "relations",
     "sample_scene",
     "vocabulary",
+    "world_of",
     "write_folder",
 ]
 

@@ -6,17 +6,23 @@ Every attribute is sometimes left out, so that short prompts work as well as lon
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from scaleweaver.toybox.scene import COLORS, Person, Scene, Thing, relations
+from scaleweaver.toybox.scene import Person, Scene, Thing, base, relations
+from scaleweaver.toybox.worlds import VERSION, world_of
 
+# rows and their lengths decide which word a random number picks: what a version says already stays as it is
 NOUNS: dict[str, tuple[str, ...]] = {
+    "apple": ("apple",),
     "ball": ("ball", "ball", "sphere"),
+    "bed": ("bed",),
     "boat": ("boat", "boat", "sailing boat"),
     "bottle": ("bottle",),
     "cactus": ("cactus",),
+    "cake": ("cake", "cake", "birthday cake"),
     "car": ("car", "car", "automobile"),
     "cat": ("cat", "cat", "kitten"),
     "chair": ("chair",),
@@ -25,24 +31,35 @@ NOUNS: dict[str, tuple[str, ...]] = {
     "cup": ("cup", "mug"),
     "cylinder": ("cylinder",),
     "duck": ("duck", "duck", "rubber duck"),
+    "elephant": ("elephant",),
     "flower": ("flower", "flower", "blossom"),
     "gift": ("gift", "present", "gift box"),
+    "hammer": ("hammer",),
     "heart": ("heart",),
     "house": ("house", "house", "hut"),
+    "ice cream": ("ice cream", "ice cream cone"),
     "lamp": ("lamp",),
     "mushroom": ("mushroom", "toadstool"),
+    "palm": ("palm tree", "palm"),
     "pine": ("pine tree", "pine", "fir tree"),
+    "plane": ("plane", "aeroplane", "aircraft"),
     "pyramid": ("pyramid",),
+    "rabbit": ("rabbit", "bunny"),
     "ring": ("ring", "ring", "hoop"),
     "robot": ("robot",),
     "rocket": ("rocket", "rocket", "space rocket"),
+    "snail": ("snail",),
     "snowman": ("snowman",),
+    "sofa": ("sofa", "sofa", "couch"),
     "star": ("star",),
     "table": ("table",),
     "teapot": ("teapot",),
     "tower": ("tower",),
+    "train": ("train", "locomotive", "steam engine"),
     "tree": ("tree",),
     "truck": ("truck", "truck", "lorry"),
+    "umbrella": ("umbrella", "umbrella", "parasol"),
+    "windmill": ("windmill",),
 }
 BUILD_NOUNS: dict[str, tuple[str, ...]] = {
     "man": ("man", "man", "man", "guy", "gentleman", "person"),
@@ -55,7 +72,17 @@ SIZE_WORDS: dict[str, tuple[str, ...]] = {
     "medium": ("medium", "medium-sized"),
     "large": ("large", "big", "big", "huge"),
 }
-FINISH_WORDS: dict[str, tuple[str, ...]] = {"matte": ("matte", "dull"), "glossy": ("glossy", "shiny", "polished")}
+FINISH_WORDS: dict[str, tuple[str, ...]] = {
+    "matte": ("matte", "dull"),
+    "glossy": ("glossy", "shiny", "polished"),
+    "metal": ("metal", "metal", "metallic"),
+}
+FINISH_TOLD = {"matte": 0.15, "glossy": 0.35, "metal": 0.6}  # how often a finish is named
+PATTERN_WORDS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "striped": ("striped", "striped", "stripy"),
+    "dotted": ("dotted", "spotted", "polka-dot"),
+}
 HAIR_WORDS: dict[str, tuple[str, ...]] = {
     "short": ("{color} hair", "short {color} hair"),
     "bob": ("{color} hair", "bobbed {color} hair", "a {color} bob"),
@@ -86,6 +113,10 @@ POSE_WORDS: dict[str, tuple[str, ...]] = {
     "kneeling": ("kneeling", "kneeling down", "on one knee"),
     "bowing": ("bowing", "bending forward", "taking a bow"),
     "flexing": ("flexing", "flexing both arms", "showing muscles"),
+    "balancing": ("balancing on one leg", "balancing", "standing on one leg"),
+    "crawling": ("crawling", "crawling", "on all fours"),
+    "handstand": ("doing a handstand", "doing a handstand", "standing upside down"),
+    "lying": ("lying down", "lying", "lying on the ground"),
 }
 SKY_WORDS: dict[str, tuple[str, ...]] = {
     "dawn": ("at dawn", "at dawn", "at daybreak", "at sunrise", "under a pale pink sky"),
@@ -95,6 +126,22 @@ SKY_WORDS: dict[str, tuple[str, ...]] = {
     "dusk": ("at dusk", "at dusk", "in the twilight", "at twilight"),
     "night": ("at night", "at night", "under a night sky", "under a dark sky", "under the stars"),
     "cloudy": ("on a cloudy day", "under a cloudy sky", "under a grey sky", "on a grey day"),
+}
+# the hour without a word about the sky, for weather that hides it
+HOUR_WORDS: dict[str, tuple[str, ...]] = {
+    "dawn": ("at dawn", "at dawn", "at daybreak"),
+    "morning": ("in the morning",),
+    "noon": ("at noon", "at noon", "at midday"),
+    "sunset": ("at sunset", "at sunset", "at sundown"),
+    "dusk": ("at dusk", "at dusk", "in the twilight", "at twilight"),
+    "night": ("at night",),
+    "cloudy": ("on a cloudy day", "on a grey day"),
+}
+WEATHER_WORDS: dict[str, tuple[str, ...]] = {
+    "clear": (),
+    "rain": ("in the rain", "in the rain", "in rainy weather", "in pouring rain"),
+    "snowfall": ("in falling snow", "in falling snow", "during snowfall", "in a snow shower"),
+    "fog": ("in the fog", "in fog", "in the mist", "in foggy weather"),
 }
 GROUND_WORDS: dict[str, tuple[str, ...]] = {
     "grass": ("on grass", "on grass", "on green grass", "on a meadow", "on a lawn"),
@@ -132,9 +179,14 @@ OPPOSITE = {
 }
 NEAR = ("next to", "next to", "beside", "near")
 OPENINGS = ("", "", "", "", "", "", "", "there is ", "a picture of ", "a scene with ", "an image of ", "we see ")
-COUNTS = {2: ("two things", "two objects"), 3: ("three things", "three objects")}
+COUNTS = {
+    2: ("two things", "two objects"),
+    3: ("three things", "three objects"),
+    4: ("four things", "four objects"),
+}
 LINKING = ("a", "an", "and", "in", "with", "wearing", "hair", "shirt", "top", "trousers", "pants", "dressed", "both")
 LISTING = ("on the left", "in the middle", "on the right", "from left to right")
+BETWEEN = ("between", "between", "in between")  # of a person with a thing on either side
 TOPS, LEGS = ("shirt", "shirt", "shirt", "top"), ("trousers", "trousers", "pants")
 
 
@@ -146,21 +198,31 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         body = _opened(_name(scene.items[0], rng), rng)
     elif len(scene.items) == 2:
         body = _pair(scene, rng)
+    elif len(scene.items) == 3:
+        body = _three(scene, rng)
     else:
-        body = _several(scene, rng)
+        body = _four(scene, rng)
     ground = _pick(rng, GROUND_WORDS[scene.ground]) if rng.random() < 0.85 else ""
-    sky = _pick(rng, SKY_WORDS[scene.sky]) if rng.random() < 0.85 else ""
+    clear = not WEATHER_WORDS[scene.weather]
+    sky = _pick(rng, (SKY_WORDS if clear else HOUR_WORDS)[scene.sky]) if rng.random() < 0.85 else ""
+    if not clear and rng.random() < 0.85:
+        sky = f"{sky} {_pick(rng, WEATHER_WORDS[scene.weather])}".strip()
     return _placed(body, ground, sky, rng)
 
 
-def vocabulary() -> list[str]:
-    """All words the grammar can say, sorted; punctuation apart."""
-    tables = (
-        NOUNS, BUILD_NOUNS, SIZE_WORDS, FINISH_WORDS, HAIR_WORDS, POSE_WORDS,
-        SKY_WORDS, GROUND_WORDS, RELATION_WORDS, WITH_WORDS, COUNTS,
+def vocabulary(version: int = VERSION) -> list[str]:
+    """All words the grammar can say of a version's scenes, sorted; punctuation apart."""
+    world = world_of(version)
+    told: tuple[tuple[Mapping[Any, tuple[str, ...]], Iterable[Any]], ...] = (
+        (NOUNS, world.kinds), (BUILD_NOUNS, world.builds), (FINISH_WORDS, world.finishes),
+        (PATTERN_WORDS, world.patterns), (HAIR_WORDS, world.hair), (POSE_WORDS, world.poses),
+        (SKY_WORDS, world.skies), (GROUND_WORDS, world.grounds), (WEATHER_WORDS, world.weathers),
+        (SIZE_WORDS, SIZE_WORDS), (RELATION_WORDS, RELATION_WORDS), (WITH_WORDS, WITH_WORDS),
+        (COUNTS, range(2, len(world.things) + 1)),
     )  # fmt: skip
-    phrases = [phrase for table in tables for choices in table.values() for phrase in choices]
-    phrases += [*COLORS, *_hair_colors(), *NEAR, *OPENINGS, *LINKING, *LISTING, *TOPS, *LEGS]
+    phrases = [phrase for table, names in told for name in names for phrase in table[name]]
+    phrases += [*world.colors, *world.hair_colors, *NEAR, *OPENINGS, *LINKING, *LISTING, *TOPS, *LEGS]
+    phrases += BETWEEN if max(world.company) > 1 else ()
     return sorted({word for phrase in phrases for word in words(phrase.replace("{color}", ""))})
 
 
@@ -175,6 +237,8 @@ def _person_scene(scene: Scene, rng: np.random.Generator) -> str:
     first = _person(person, rng)
     if len(scene.items) == 1:
         return _opened(first, rng)
+    if len(scene.items) == 3:
+        return _opened(_between_two(scene, first, rng), rng)
     second = _name(scene.items[1], rng)
     relation = _relation(scene, 0, 1)
     draw = rng.random()
@@ -183,6 +247,17 @@ def _person_scene(scene: Scene, rng: np.random.Generator) -> str:
     if draw < 0.75:
         return _opened(f"{first}, {_pick(rng, RELATION_WORDS[relation])} {second}", rng)
     return _opened(f"{second} {_pick(rng, RELATION_WORDS[OPPOSITE[relation]])} {first}", rng)
+
+
+def _between_two(scene: Scene, person: str, rng: np.random.Generator) -> str:
+    """A person with a thing on either side."""
+    left, right = (_name(item, rng) for item in sorted(scene.items[1:], key=lambda item: item.x))
+    draw = rng.random()
+    if draw < 0.5:
+        return f"{person}, {_pick(rng, BETWEEN)} {left} and {right}"
+    if draw < 0.8:
+        return f"{person}, with {left} on the left and {right} on the right"
+    return f"{person}, {_pick(rng, NEAR)} {left} and {right}"
 
 
 def _pair(scene: Scene, rng: np.random.Generator) -> str:
@@ -205,7 +280,7 @@ def _pair(scene: Scene, rng: np.random.Generator) -> str:
     return _opened(f"{first} and {second}", rng)
 
 
-def _several(scene: Scene, rng: np.random.Generator) -> str:
+def _three(scene: Scene, rng: np.random.Generator) -> str:
     """Three things: a row told along its order, or a stack with a neighbour."""
     stacked = [(i, j) for i, relation, j in relations(scene) if relation == "on top of"]
     if stacked:
@@ -230,6 +305,25 @@ def _several(scene: Scene, rng: np.random.Generator) -> str:
     return _opened(f"{left} {_pick(rng, RELATION_WORDS['left of'])} {middle} and {right}", rng)
 
 
+def _four(scene: Scene, rng: np.random.Generator) -> str:
+    """Four things told along their row; what stands on another is told with it."""
+    stacked = {below: top for top, relation, below in relations(scene) if relation == "on top of"}
+    row = sorted((i for i in range(len(scene.items)) if not base(scene.items[i])), key=lambda i: scene.items[i].x)
+    names = []
+    for i in row:
+        name = _name(scene.items[i], rng)
+        if i in stacked:
+            top = _name(scene.items[stacked[i]], rng)
+            over = _pick(rng, RELATION_WORDS["on top of"])
+            name = f"{top} {over} {name}" if rng.random() < 0.6 else f"{name} with {top} on top"
+        names.append(name)
+    told = f"{', '.join(names[:-1])} and {names[-1]}"
+    draw = rng.random()
+    if draw < 0.5:
+        return f"{_pick(rng, COUNTS[4])} from left to right: {told}"
+    return f"{_pick(rng, COUNTS[4])}: {told}" if draw < 0.75 else _opened(told, rng)
+
+
 def _name(item: Thing | Person, rng: np.random.Generator) -> str:
     """ "a small shiny red ball": the attributes of a thing, some of them left out."""
     if isinstance(item, Person):
@@ -237,10 +331,13 @@ def _name(item: Thing | Person, rng: np.random.Generator) -> str:
     parts = []
     if rng.random() < (0.05 if item.size == "medium" else 0.8):
         parts.append(_pick(rng, SIZE_WORDS[item.size]))
-    if rng.random() < (0.35 if item.finish == "glossy" else 0.15):
+    if rng.random() < FINISH_TOLD[item.finish]:
         parts.append(_pick(rng, FINISH_WORDS[item.finish]))
     if rng.random() < 0.94:
         parts.append(item.color)
+    if PATTERN_WORDS[item.pattern] and rng.random() < 0.85:
+        # "a striped red ball" or "a red striped ball"
+        parts.insert(len(parts) - rng.integers(2), _pick(rng, PATTERN_WORDS[item.pattern]))
     return _article(" ".join([*parts, _pick(rng, NOUNS[item.kind])]))
 
 
@@ -298,12 +395,6 @@ def _relation(scene: Scene, i: int, j: int) -> str | None:
 
 def _article(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
-
-
-def _hair_colors() -> tuple[str, ...]:
-    from scaleweaver.toybox.people import HAIR_COLORS  # the renderer's tables, needed for this list only
-
-    return tuple(HAIR_COLORS)
 
 
 def _pick(rng: np.random.Generator, choices: Sequence[str]) -> str:

@@ -1,11 +1,13 @@
 """How a scene is put together: what to show, where to place it, and a camera that sees all of it.
 
-The subjects are large in the frame and the camera hardly varies, so that a small model can learn the world.
+What there is to choose from is the table of a version, see `worlds`; the random numbers are drawn in a fixed order. The
+subjects are large in the frame and the camera hardly varies, so that a small model can learn the world.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
@@ -13,21 +15,16 @@ from typing import TypeVar
 
 import numpy as np
 
-from scaleweaver.toybox.looks import GROUNDS, SKIES
-from scaleweaver.toybox.people import BUILDS, HAIR_COLORS, HAIR_STYLES, JOINT_NOISE_SIZE, POSES, SKINS, posed
-from scaleweaver.toybox.scene import COLORS, FINISHES, SIZES, Camera, Person, Scene, Thing, base
+from scaleweaver.toybox.people import JOINT_NOISE_SIZE, posed
+from scaleweaver.toybox.scene import SIZES, Camera, Person, Scene, Thing, base
 from scaleweaver.toybox.things import KINDS, mesh_of
-
-# what this version of the world is made of; the renderer knows more kinds, the world grows when a model can carry them
-WORLD = (
-    "ball", "boat", "cactus", "car", "cat", "chair", "cone", "cube", "cup", "cylinder",
-    "duck", "flower", "house", "mushroom", "pyramid", "rocket", "snowman", "table", "teapot", "tree",
-)  # fmt: skip
+from scaleweaver.toybox.worlds import World
 
 LOW_SUN = ("dawn", "morning", "sunset", "dusk")
-BEST_ASIDE = ("bowing", "kicking", "kneeling", "running", "sitting", "walking")  # poses that read from the side
+# poses that read from the side
+BEST_ASIDE = ("balancing", "bowing", "crawling", "kicking", "kneeling", "running", "sitting", "walking")
 MOST_HIDDEN = 0.55  # a thing may be covered by another up to this part of its rectangle in the picture
-LEAST_FILLED = 0.3  # the largest subject fills at least this part of the picture's height or width
+COMPANY_SIZES = ("small", "medium")  # of things that share the picture with more than one other, or with a person
 EDGE = 0.94  # all subjects lie within this part of the half picture
 
 _Choice = TypeVar("_Choice")
@@ -44,26 +41,28 @@ class Box:
     height: float
 
 
-def compose(rng: np.random.Generator) -> Scene | None:
+def compose(rng: np.random.Generator, world: World) -> Scene | None:
     """One scene, or None where something hides something else too much or all is far away: draw again."""
     draw = rng.random()
-    if draw < 0.35:
-        items, half_view = _with_person(rng, company=rng.random() < 0.5)
+    if draw < world.people:
+        items, half_view = _with_person(rng, world, company=_share(rng.random(), world.company))
     else:
-        count = rng.choice(3, p=(0.45, 0.40, 0.15)) + 1
-        items, half_view = (_one, _two, _three)[count - 1](rng)
+        count = rng.choice(len(world.things), p=world.things) + 1
+        items, half_view = (_one, _two, _three, _four)[count - 1](rng, world)
     items = _centred(items, rng)
-    sky = _pick(rng, sorted(SKIES))
+    sky = _pick(rng, sorted(world.skies))
     low, high = (0.40, 0.60) if sky in LOW_SUN else (0.65, 1.0)
     scene = Scene(
         items=tuple(items),
-        ground=_pick(rng, sorted(GROUNDS)),
+        ground=_pick(rng, sorted(world.grounds)),
         sky=sky,
         sun_azimuth=_between(rng, 0.3, 1.2) * _sign(rng),
         sun_elevation=_between(rng, low, high),
         camera=_camera(rng, items, half_view),
+        weather=_drawn(rng, world.weathers),
+        version=world.version,
     )
-    return scene if _hidden(scene) < MOST_HIDDEN and _largest(scene) > LEAST_FILLED else None
+    return scene if _hidden(scene) < MOST_HIDDEN and _largest(scene) > world.least_filled else None
 
 
 def box(item: Thing | Person) -> Box:
@@ -88,70 +87,86 @@ def rectangle(item: Thing | Person, camera: Camera) -> tuple[float, float, float
     return min(across), min(upward), max(across), max(upward)
 
 
-def _one(rng: np.random.Generator) -> tuple[list[Thing | Person], float]:
-    return [_thing(rng)], _between(rng, 0.86, 0.98)
+def _one(rng: np.random.Generator, world: World) -> tuple[list[Thing | Person], float]:
+    return [_thing(rng, world)], _between(rng, 0.86, 0.98)
 
 
-def _two(rng: np.random.Generator) -> tuple[list[Thing | Person], float]:
+def _two(rng: np.random.Generator, world: World) -> tuple[list[Thing | Person], float]:
     draw = rng.random()
     if draw < 0.25:
-        return _stack(rng), _between(rng, 1.0, 1.1)
-    first, second = _thing(rng), _thing(rng)
+        return _stack(rng, world), _between(rng, 1.0, 1.1)
+    first, second = _thing(rng, world), _thing(rng, world)
     placed = _beside(rng, first, second) if draw < 0.60 else _behind(rng, first, second)
     return placed, _between(rng, 1.15, 1.25)
 
 
-def _three(rng: np.random.Generator) -> tuple[list[Thing | Person], float]:
+def _three(rng: np.random.Generator, world: World) -> tuple[list[Thing | Person], float]:
     """A row, or a stack with something beside it."""
-    sizes = ("small", "medium")
     if rng.random() < 0.35:
-        stack = _stack(rng)
-        placed = _beside(rng, stack[0], _thing(rng, sizes))
+        stack = _stack(rng, world)
+        placed = _beside(rng, stack[0], _thing(rng, world, COMPANY_SIZES))
         shift = placed[0].x - stack[0].x
         rider = replace(stack[1], x=stack[1].x + shift, y=stack[1].y + placed[0].y - stack[0].y)
         return [placed[0], rider, placed[1]], _between(rng, 1.3, 1.4)
-    left, middle, right = (_thing(rng, sizes) for _ in range(3))
-    row = _beside(rng, left, middle, turned=False)
-    last = _beside(rng, row[1], right, turned=False)[1]
-    return [*row, last], _between(rng, 1.35, 1.45)
+    return _row(rng, [_thing(rng, world, COMPANY_SIZES) for _ in range(3)]), _between(rng, 1.35, 1.45)
 
 
-def _with_person(rng: np.random.Generator, company: bool) -> tuple[list[Thing | Person], float]:
-    person = _person(rng)
-    if not company:
+def _four(rng: np.random.Generator, world: World) -> tuple[list[Thing | Person], float]:
+    """A row, or a row of three that has something on top of one of them."""
+    if rng.random() < 0.5:
+        return _row(rng, [_thing(rng, world, COMPANY_SIZES) for _ in range(4)]), _between(rng, 1.5, 1.6)
+    carrier, rider = _stack(rng, world, COMPANY_SIZES)
+    below: list[Thing | Person] = [_thing(rng, world, COMPANY_SIZES) for _ in range(2)]
+    place = int(rng.integers(3))
+    below.insert(place, carrier)
+    row = _row(rng, below)
+    return [*row, replace(rider, x=row[place].x, y=row[place].y)], _between(rng, 1.4, 1.5)
+
+
+def _with_person(rng: np.random.Generator, world: World, company: int) -> tuple[list[Thing | Person], float]:
+    """A person alone, with a thing beside, or between two things; the person comes first."""
+    person = _person(rng, world)
+    if company == 0:
         return [person], _between(rng, 1.02, 1.12)
-    return _beside(rng, person, _thing(rng, ("small", "medium"))), _between(rng, 1.2, 1.3)
+    first = _thing(rng, world, COMPANY_SIZES)
+    if company == 1:
+        return _beside(rng, person, first), _between(rng, 1.2, 1.3)
+    left, middle, right = _row(rng, [first, person, _thing(rng, world, COMPANY_SIZES)])
+    return [middle, left, right], _between(rng, 1.3, 1.4)
 
 
-def _thing(rng: np.random.Generator, sizes: tuple[str, ...] = ("small", "medium", "medium", "large")) -> Thing:
+def _thing(
+    rng: np.random.Generator, world: World, sizes: tuple[str, ...] = ("small", "medium", "medium", "large")
+) -> Thing:
     return Thing(
-        kind=_pick(rng, WORLD),
-        color=_pick(rng, sorted(COLORS)),
+        kind=_pick(rng, world.kinds),
+        color=_pick(rng, sorted(world.colors)),
         size=_pick(rng, sizes),
-        finish=_pick(rng, FINISHES),
+        finish=_pick(rng, world.finishes),
         x=0.0,
         y=0.0,
         z=0.0,
         yaw=_between(rng, -0.7, 0.7),
+        pattern=_drawn(rng, world.patterns),
     )
 
 
-def _person(rng: np.random.Generator) -> Person:
+def _person(rng: np.random.Generator, world: World) -> Person:
     noise = tuple(float(value) for value in np.clip(rng.standard_normal(JOINT_NOISE_SIZE), -2.0, 2.0))
-    pose = _pick(rng, sorted(POSES))
+    pose = _pick(rng, sorted(world.poses))
     if pose in BEST_ASIDE:
         yaw = _between(rng, 0.4, 1.0) * _sign(rng)
     else:
         yaw = float(np.clip(rng.standard_normal() * 0.3, -0.7, 0.7))
     return Person(
-        build=_pick(rng, sorted(BUILDS)),
+        build=_pick(rng, sorted(world.builds)),
         pose=pose,
         joint_noise=noise,
-        skin=_pick(rng, sorted(SKINS)),
-        hair=_pick(rng, sorted(HAIR_STYLES)),
-        hair_color=_pick(rng, sorted(HAIR_COLORS)),
-        shirt=_pick(rng, sorted(COLORS)),
-        trousers=_pick(rng, sorted(COLORS)),
+        skin=_pick(rng, sorted(world.skins)),
+        hair=_pick(rng, sorted(world.hair)),
+        hair_color=_pick(rng, sorted(world.hair_colors)),
+        shirt=_pick(rng, sorted(world.colors)),
+        trousers=_pick(rng, sorted(world.colors)),
         x=0.0,
         y=0.0,
         yaw=yaw,
@@ -182,11 +197,21 @@ def _behind(rng: np.random.Generator, first: Thing, second: Thing) -> list[Thing
     return [front, back] if rng.random() < 0.5 else [back, front]
 
 
-def _stack(rng: np.random.Generator) -> list[Thing | Person]:
+def _row(rng: np.random.Generator, items: Sequence[Thing | Person]) -> list[Thing | Person]:
+    """The items from left to right, where the first one stands."""
+    row = [items[0]]
+    for item in items[1:]:
+        row.append(_beside(rng, row[-1], item, turned=False)[1])
+    return row
+
+
+def _stack(
+    rng: np.random.Generator, world: World, sizes: tuple[str, ...] = ("medium", "large")
+) -> list[Thing | Person]:
     """A carrier and a small thing on top of it."""
-    carriers = [kind for kind in WORLD if KINDS[kind].flat_top]
-    carrier = replace(_thing(rng, ("medium", "large")), kind=_pick(rng, carriers))
-    rider = replace(_thing(rng, ("small",)), z=box(carrier).height)
+    carriers = [kind for kind in world.kinds if KINDS[kind].flat_top]
+    carrier = replace(_thing(rng, world, sizes), kind=_pick(rng, carriers))
+    rider = replace(_thing(rng, world, ("small",)), z=box(carrier).height)
     return [carrier, rider]
 
 
@@ -249,6 +274,17 @@ def _largest(scene: Scene) -> float:
 
 def _pick(rng: np.random.Generator, choices: list[_Choice] | tuple[_Choice, ...]) -> _Choice:
     return choices[int(rng.integers(len(choices)))]
+
+
+def _drawn(rng: np.random.Generator, shares: Mapping[_Choice, float]) -> _Choice:
+    """One of the names by its share; where there is no choice no random number is spent."""
+    return _share(rng.random(), shares) if len(shares) > 1 else next(iter(shares))
+
+
+def _share(draw: float, shares: Mapping[_Choice, float]) -> _Choice:
+    """The name in whose share of [0, 1) the number lies."""
+    place = int(np.searchsorted(np.cumsum(list(shares.values())), draw, side="right"))
+    return list(shares)[min(place, len(shares) - 1)]
 
 
 def _between(rng: np.random.Generator, low: float, high: float) -> float:

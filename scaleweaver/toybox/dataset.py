@@ -57,9 +57,9 @@ class ToyboxBatch:
 
 
 def caption_of(split: str, index: int, *, variant: int = 0, scene: Scene | None = None, version: int = VERSION) -> str:
-    """Caption number `variant` of a picture; `scene` saves sampling it again."""
+    """Caption number `variant` of a picture; `scene` saves sampling it again and says its version itself."""
     scene = scene or sample_scene(split, index, version=version)
-    return caption(scene, generator(split, index, version=version, stream=1 + variant))
+    return caption(scene, generator(split, index, version=scene.version, stream=1 + variant))
 
 
 def draw_batch(
@@ -76,8 +76,7 @@ def draw_batch(
     numbers = list(indices)
     scenes = [sample_scene(split, index, version=version) for index in numbers]
     texts = [
-        caption_of(split, index, variant=variant, scene=scene, version=version)
-        for index, scene in zip(numbers, scenes, strict=True)
+        caption_of(split, index, variant=variant, scene=scene) for index, scene in zip(numbers, scenes, strict=True)
     ]
     frames = render(scenes, size=size, supersample=supersample, device=device)
     # the renderer works in inference mode, whose tensors autograd refuses; copies made here are ordinary ones
@@ -118,7 +117,7 @@ class ToyboxDataset(Dataset[ToyboxSample]):
         if count < 1:
             raise ValueError(f"count is {count}; a dataset needs at least one picture")
         check_device(device, workers=0)
-        generator(split, start)  # complains about an unknown split or a negative start now, not in a worker
+        generator(split, start, version=version)  # complains about an unknown split now, not in a worker
         self.split, self.count, self.start = split, count, start
         self.size, self.supersample, self.variant, self.version = size, supersample, variant, version
         self.device = device

@@ -18,8 +18,9 @@ from PIL import Image
 
 from scaleweaver.toybox.dataset import ToyboxBatches, ToyboxSample, check_device
 from scaleweaver.toybox.drawing import depth_map, depth_range, draw_skeleton, ids_map
-from scaleweaver.toybox.scene import VERSION, attributes
+from scaleweaver.toybox.scene import attributes
 from scaleweaver.toybox.store import agree_on_settings, complete_lines, write_atomic
+from scaleweaver.toybox.worlds import VERSION, world_of
 
 # folder of each file of a sample, and its name's ending; the name before it is the picture's index
 PLACES = {
@@ -47,6 +48,7 @@ def write_folder(
     workers: int = 0,
     batch_size: int = 16,
     device: str = "cpu",
+    version: int = VERSION,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Write pictures [start, start + count) of a split into the folder `out`; returns how many were rendered now.
@@ -59,9 +61,10 @@ def write_folder(
     if count < 1 or pictures_per_shard < 1:
         raise ValueError(f"count {count} and pictures_per_shard {pictures_per_shard} must be at least 1")
     check_device(device, workers)
+    world_of(version)  # complains about an unknown one before anything is written
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"version": VERSION, "split": split, "start": start, "size": size, "supersample": supersample}
+    settings = {"version": version, "split": split, "start": start, "size": size, "supersample": supersample}
     settings |= {"variant": variant, "pictures_per_shard": pictures_per_shard if shards else 0}
     agree_on_settings(folder / SETTINGS, settings)
 
@@ -76,6 +79,7 @@ def write_folder(
             workers=workers,
             variant=variant,
             device=device,
+            version=version,
         )
         for batch in batches:
             yield from (batch[i] for i in range(len(batch)))

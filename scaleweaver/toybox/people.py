@@ -210,6 +210,43 @@ POSES: dict[str, dict[str, Angles]] = {
     },
     "bowing": {"waist": (66, 0, 0), "neck": (10, 0, 0), **_both("shoulder", (58, 9, 0)), **_both("elbow", (6, 0, 0))},
     "flexing": {**_both("shoulder", (0, 88, 0)), **_both("elbow", (10, 112, 0)), **_both("hip", (0, 10, 8))},
+    "balancing": {
+        "root": (62, 0, 0),
+        "neck": (-34, 0, 0),
+        **_both("shoulder", (0, 88, 0)),
+        **_both("elbow", (0, 0, 0)),
+        "right hip": (62, 2, 0),
+        "left hip": (-18, 4, 0),
+        "left ankle": (-40, 0, 0),
+    },
+    "crawling": {
+        "root": (84, 0, 0),
+        "neck": (-40, 0, 0),
+        **_both("shoulder", (88, 6, 0)),
+        **_both("elbow", (0, 0, 0)),
+        **_both("hip", (84, 4, 0)),
+        **_both("knee", (84, 0, 0)),
+        **_both("ankle", (-70, 0, 0)),
+    },
+    "handstand": {
+        "root": (180, 0, 0),
+        "neck": (-14, 0, 0),
+        **_both("shoulder", (0, 168, 0)),
+        **_both("elbow", (0, 0, 0)),
+        **_both("hip", (0, 16, 0)),
+        **_both("ankle", (-50, 0, 0)),
+    },
+    "lying": {
+        "root": (0, 90, 0),
+        "waist": (0, -6, 0),
+        "neck": (0, -26, 0),
+        "left shoulder": (0, 150, 0),
+        "left elbow": (0, 70, 0),
+        "right shoulder": (20, 16, 0),
+        "right hip": (36, 8, 0),
+        "right knee": (70, 0, 0),
+        "left hip": (4, 0, 0),
+    },
 }
 _LIFT = {"jumping": 0.30, "star jump": 0.26}  # metres between feet and ground
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scaleweaver.toybox import people, shade
+from scaleweaver.toybox import finish, people, shade, weather
 from scaleweaver.toybox.looks import GROUNDS, SKIES
 from scaleweaver.toybox.raster import EMPTY, rasterise, unpack
 from scaleweaver.toybox.scene import Person, Scene
@@ -71,6 +71,7 @@ def _draw(scenes: Sequence[Scene], size: int, supersample: int, device: torch.de
     _draw_items(lights, buffer.flatten(), covered.nonzero()[:, 0], ray, color)
     _draw_ground(lights, (~covered & (at_ground < torch.inf)).nonzero()[:, 0], ray, at_ground, color)
     _draw_sky(lights, (~covered & (at_ground == torch.inf)).nonzero()[:, 0], ray, color)
+    _draw_weather(scenes, stage, buffer, at_ground.view_as(buffer), color.view(3, images, fine, fine))
     light = shade.tone(color).view(3, images, fine, fine).transpose(0, 1)  # (B, 3, fine, fine)
     image = F.avg_pool2d(light, supersample).clamp(0, 1) ** (1 / 2.2)  # (B, 3, H, W)
     depth, ids = _coarse(stage, buffer, size, supersample)
@@ -120,8 +121,18 @@ def _draw_items(lights: shade.Lights, buffer: Tensor, pixel: Tensor, ray: Tensor
     normal = n0 * w0 + n1 * w1 + n2 * w2  # weights share a sign; the length is taken out next
     normal = normal * (torch.sign(area) / shade.dot(normal, normal).sqrt().clamp(min=1e-12))
     position, view, image = _where(lights, pixel, ray, depth)
-    palette = stage.colors[:, stage.material[triangle]]  # (4, N)
-    lit = shade.surfaces(lights, position, normal, view, palette[:3], palette[3], image)
+    material = stage.material[triangle]  # (N,)
+    palette = stage.colors[:, material]  # (4, N)
+    own = palette[:3]
+    if stage.patterned:
+        some = (stage.marks[1, material] > 0).nonzero()[:, 0]
+        drawn = finish.patterned(stage.marks[:, material[some]], own[:, some], position[:, some], normal[:, some])
+        own = own.index_copy(1, some, drawn)
+    lit = shade.surfaces(lights, position, normal, view, own, palette[3], image)
+    if stage.metal:
+        some = (stage.marks[0, material] > 0).nonzero()[:, 0]
+        there = (normal[:, some], view[:, some], own[:, some], lit[:, some], image[some])
+        lit = lit.index_copy(1, some, shade.metallic(lights, *there))
     color[:, pixel] = shade.fog(lights, lit, depth, image)
 
 
@@ -134,6 +145,16 @@ def _draw_ground(lights: shade.Lights, pixel: Tensor, ray: Tensor, at_ground: Te
 def _draw_sky(lights: shade.Lights, pixel: Tensor, ray: Tensor, color: Tensor) -> None:
     _, view, image = _where(lights, pixel, ray, torch.ones_like(pixel, dtype=torch.float32))
     color[:, pixel] = shade.sky(lights, -view, image)
+
+
+def _draw_weather(scenes: Sequence[Scene], stage: Stage, buffer: Tensor, at_ground: Tensor, color: Tensor) -> None:
+    """Haze, rain and snow over the light (3, B, fine, fine) of the scenes that have any."""
+    for k, scene in enumerate(scenes):
+        if scene.weather == "clear":
+            continue
+        depth = torch.where(buffer[k] == EMPTY, at_ground[k], NEAR / (1 - unpack(buffer[k])[0]).clamp(min=1e-6))
+        horizon, ambient = stage.look["horizon"][:, k], float(stage.look["ambient"][:, k].mean())
+        color[:, k] = weather.over(color[:, k], depth, horizon, scene, ambient)
 
 
 def _coarse(stage: Stage, buffer: Tensor, size: int, supersample: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,26 @@ from typing import Any
 
 import numpy as np
 
-VERSION = 1
+from scaleweaver.toybox.worlds import VERSION, world_of
+
+__all__ = [
+    "COLORS",
+    "SIZES",
+    "SPLITS",
+    "VERSION",
+    "Camera",
+    "Person",
+    "Scene",
+    "Thing",
+    "attributes",
+    "base",
+    "generator",
+    "held_out_pairs",
+    "is_held_out",
+    "relations",
+    "sample_scene",
+]
+
 SPLITS = ("train", "val", "test", "heldout")
 
 # name -> RGB in [0, 1], as seen on a lit surface
@@ -29,7 +48,6 @@ COLORS: dict[str, tuple[float, float, float]] = {
     "black": (0.09, 0.09, 0.10),
 }
 SIZES: dict[str, float] = {"small": 0.65, "medium": 1.0, "large": 1.4}  # multiplies a kind's own base size
-FINISHES: tuple[str, ...] = ("matte", "glossy")
 
 
 @dataclass(frozen=True)
@@ -39,11 +57,12 @@ class Thing:
     kind: str  # key of things.KINDS
     color: str  # key of COLORS: the main body's colour
     size: str  # key of SIZES
-    finish: str  # one of FINISHES
+    finish: str  # key of stage.FINISHES
     x: float
     y: float
     z: float
     yaw: float  # radians about z
+    pattern: str = "plain"  # key of stage.PATTERNS: what is drawn on the main body in a second colour
 
 
 @dataclass(frozen=True)
@@ -83,14 +102,13 @@ class Scene:
     sun_azimuth: float  # radians
     sun_elevation: float
     camera: Camera
-
-
-_THING_WORDS = ("kind", "color", "size", "finish")
-_PERSON_WORDS = ("build", "pose", "skin", "hair", "hair_color", "shirt", "trousers")
+    weather: str = "clear"  # key of weather.WEATHERS
+    version: int = VERSION  # of the world it was drawn from
 
 
 def generator(split: str, index: int, *, version: int = VERSION, stream: int = 0) -> np.random.Generator:
     """The random numbers of one picture; `stream` separates its scene (0) from its captions (1, 2, ...)."""
+    world_of(version)  # complains about an unknown one
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
     if index < 0 or stream < 0:
@@ -107,9 +125,9 @@ def sample_scene(split: str, index: int, *, version: int = VERSION) -> Scene:
     """
     from scaleweaver.toybox.compose import compose  # compose builds on the classes above
 
-    rng = generator(split, index, version=version)
+    rng, world = generator(split, index, version=version), world_of(version)
     while True:
-        scene = compose(rng)
+        scene = compose(rng, world)
         if scene is not None and bool(held_out_pairs(scene)) == (split == "heldout"):
             return scene
 
@@ -143,13 +161,15 @@ def relations(scene: Scene) -> list[tuple[int, str, int]]:
 
 
 def attributes(scene: Scene) -> dict[str, Any]:
-    """The ground truth as JSON-able data: items, count, relations, ground, sky."""
+    """The ground truth as JSON-able data: items, count, relations, ground, sky; from version 2 on weather, version."""
+    world = world_of(scene.version)
     items: list[dict[str, str]] = []
     for item in scene.items:
-        kind, names = ("thing", _THING_WORDS) if isinstance(item, Thing) else ("person", _PERSON_WORDS)
+        kind, names = ("thing", world.thing_facts) if isinstance(item, Thing) else ("person", world.person_facts)
         items.append({"type": kind} | {name: getattr(item, name) for name in names})
     links = [list(link) for link in relations(scene)]
-    return {"count": len(items), "items": items, "relations": links, "ground": scene.ground, "sky": scene.sky}
+    facts = {name: getattr(scene, name) for name in world.scene_facts}
+    return {"count": len(items), "items": items, "relations": links} | facts
 
 
 def base(item: Thing | Person) -> float:

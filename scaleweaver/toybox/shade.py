@@ -121,6 +121,19 @@ def surfaces(
     return lit + lights.of("sunlight", image) * (shine * shade * (0.04 + 0.85 * gloss))
 
 
+def metallic(lights: Lights, normal: Tensor, view: Tensor, color: Tensor, lit: Tensor, image: Tensor) -> Tensor:
+    """The light of metal (3, N): it mirrors sky and ground in its own colour; `lit` is its light as a glossy thing."""
+    mirrored = 2 * dot(normal, view) * normal - view
+    zenith, horizon, ambient = (lights.of(name, image) for name in ("zenith", "horizon", "ambient"))
+    up = mirrored[2]
+    # brightest just above the horizon and darkest far below it: the contrast is what looks like metal
+    sky = 0.55 * horizon + 0.45 * zenith + ambient * (0.25 + 0.95 * (1 - smooth(0.0, 0.55, up)))
+    below = (0.4 * lights.of("ground", image) + 0.5 * ambient) * (0.12 + 1.3 * smooth(-0.34, 0.0, up))
+    seen = below + (sky - below) * smooth(-0.03, 0.05, up)
+    tint = 0.08 + 0.92 * color
+    return 0.42 * lit + 0.90 * tint * seen
+
+
 def ground(lights: Lights, position: Tensor, depth: Tensor, image: Tensor) -> Tensor:
     """The ground plane -> (3, N)."""
     camera, strength = lights.of("camera", image), lights.of("texture", image)

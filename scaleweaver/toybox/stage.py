@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scaleweaver.toybox import people, things
+from scaleweaver.toybox import finish, people, things
 from scaleweaver.toybox.looks import GROUNDS, SKIES
 from scaleweaver.toybox.mesh import Mesh, turn
 from scaleweaver.toybox.scene import COLORS, SIZES, Camera, Person, Scene, Thing
+from scaleweaver.toybox.weather import WEATHERS, muted
 
 NEAR = 0.2  # metres; triangles closer to the camera are dropped
 FLOOR_SPAN = 8.5  # metres covered by the map of what touches the ground
 FLOOR_HEIGHT = 0.7  # metres above ground that still darken it
-_GLOSS = {"matte": 0.0, "glossy": 1.0}
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class Stage:
     item: Tensor  # (F,) item of its scene
     material: Tensor  # (F,) row of `colors`
     colors: Tensor  # (4, M) linear red green blue, gloss
+    marks: Tensor  # (MARKS, M) patterns and metal, see finish.marks_of
+    patterned: bool  # whether any material has a pattern
+    metal: bool
     look: dict[str, Tensor]  # numbers of each scene, name -> (numbers, B); see _look
     grounds: tuple[str, ...]
 
@@ -53,6 +56,7 @@ def build(scenes: Sequence[Scene], device: torch.device) -> Stage:
         rows = [part[name] + shift for part, shift in zip(parts, shifts, strict=False)]
         return torch.from_numpy(np.concatenate(rows)).to(device)
 
+    marks = np.concatenate([part["marks"] for part in parts], axis=1)
     image = np.repeat(np.arange(len(parts)), [len(part["faces"]) for part in parts])
     return Stage(
         normals=join("normals"),
@@ -64,6 +68,9 @@ def build(scenes: Sequence[Scene], device: torch.device) -> Stage:
         item=join("item"),
         material=join_shifted("material", palettes),
         colors=torch.from_numpy(np.concatenate([part["colors"] for part in parts], axis=1)).to(device),
+        marks=torch.from_numpy(marks).to(device),
+        patterned=bool((marks[1] > 0).any()),
+        metal=bool((marks[0] > 0).any()),
         look={name: torch.from_numpy(np.stack([look[name] for look in looks], axis=1)).to(device) for name in looks[0]},
         grounds=tuple(scene.ground for scene in scenes),
     )
@@ -90,13 +97,17 @@ def _scene_arrays(scene: Scene) -> tuple[dict[str, np.ndarray], dict[str, np.nda
         raise ValueError(
             f"ground {scene.ground!r}, sky {scene.sky!r}; grounds: {', '.join(GROUNDS)}; skies: {', '.join(SKIES)}"
         )
+    if scene.weather not in WEATHERS:
+        raise ValueError(f"there is no weather {scene.weather!r}; pick one of {', '.join(WEATHERS)}")
     meshes, palettes = [_empty()], [np.zeros((4, 0), np.float32)]
+    marks = [np.zeros((finish.MARKS, 0), np.float32)]
     item = [np.zeros(0, np.int64)]
     first = 0
     for number, thing in enumerate(scene.items):
         mesh, palette = _mesh(thing), _palette(thing)
         meshes.append(replace(mesh, material=mesh.material + first))
         palettes.append(palette)
+        marks.append(_marks(thing, palette.shape[1]))
         item.append(np.full(len(mesh.faces), number))
         first += palette.shape[1]
     starts = np.cumsum([0] + [len(mesh.vertices) for mesh in meshes])
@@ -119,6 +130,7 @@ def _scene_arrays(scene: Scene) -> tuple[dict[str, np.ndarray], dict[str, np.nda
         "item": np.concatenate(item)[visible],
         "material": material[visible],
         "colors": np.concatenate(palettes, axis=1),
+        "marks": np.concatenate(marks, axis=1),
     }
     look = {
         **_look(scene),
@@ -134,18 +146,19 @@ def _scene_arrays(scene: Scene) -> tuple[dict[str, np.ndarray], dict[str, np.nda
 def _look(scene: Scene) -> dict[str, np.ndarray]:
     """Colours in linear light and the camera's numbers."""
     sky, ground, camera = SKIES[scene.sky], GROUNDS[scene.ground], scene.camera
+    weather = WEATHERS[scene.weather]
     return {
         "camera": np.array(
             [camera.distance, camera.height, camera.focal, math.sin(camera.pitch), math.cos(camera.pitch)]
         ),
         "sun": sun_direction(scene),
-        "sunlight": np.array(sky.sun),
-        "ambient": np.array(sky.ambient),
+        "sunlight": np.array(sky.sun) * weather.sun,
+        "ambient": np.array(sky.ambient) * weather.ambient,
         "bounce": np.array(sky.bounce),
-        "zenith": linear(np.array(sky.zenith)),
-        "horizon": linear(np.array(sky.horizon)),
-        "effects": np.array([sky.glow, sky.clouds, sky.stars]),
-        "ground": linear(np.array(ground.color)),
+        "zenith": muted(linear(np.array(sky.zenith)), weather),
+        "horizon": muted(linear(np.array(sky.horizon)), weather),
+        "effects": np.array([sky.glow, sky.clouds, sky.stars]) * weather.glow,
+        "ground": linear(np.array(ground.color)) * weather.ground,
         "texture": np.array([ground.detail, ground.broad]),
     }
 
@@ -184,8 +197,19 @@ def _palette(item: Thing | Person) -> np.ndarray:
         gloss[people.MATERIALS.index("eye")] = gloss[people.MATERIALS.index("shoe")] = 0.6
     else:
         colors = [COLORS[item.color], *list(things.MATERIALS.values())[1:]]
-        gloss = [_GLOSS[item.finish]] * len(colors)
+        gloss = [finish.finish_of(item.finish)[0]] * len(colors)
     return np.concatenate([linear(np.array(colors)).T, np.array([gloss])]).astype(np.float32)
+
+
+def _marks(item: Thing | Person, materials: int) -> np.ndarray:
+    """(MARKS, M): metal of every material of the item, the pattern of its main one."""
+    marks = np.zeros((finish.MARKS, materials), np.float32)
+    if isinstance(item, Thing):
+        marks[:, 0] = finish.marks_of(
+            item.finish, item.pattern, np.array(COLORS[item.color]), (item.x, item.y, item.z), item.yaw
+        )
+        marks[0] = marks[0, 0]
+    return marks
 
 
 def linear(color: np.ndarray) -> np.ndarray:

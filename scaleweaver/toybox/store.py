@@ -12,7 +12,8 @@ import numpy as np
 
 from scaleweaver.toybox.dataset import ToyboxBatch, ToyboxBatches, caption_of, check_device
 from scaleweaver.toybox.drawing import depth_map
-from scaleweaver.toybox.scene import VERSION, Scene, attributes
+from scaleweaver.toybox.scene import Scene, attributes
+from scaleweaver.toybox.worlds import VERSION, world_of
 
 MAPS = ("depth", "ids", "keypoints")
 LINES, SETTINGS = "captions.jsonl", "store.json"
@@ -31,6 +32,7 @@ def cache_renders(
     workers: int = 1,
     batch_size: int = 16,
     device: str = "cpu",
+    version: int = VERSION,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> RenderStore:
     """Render pictures [start, start + count) of a split into the folder `path`; an interrupted call goes on there.
@@ -44,10 +46,11 @@ def cache_renders(
     if unknown:
         raise ValueError(f"unknown maps {unknown}, expected some of {', '.join(MAPS)}")
     check_device(device, workers)
+    world_of(version)  # complains about an unknown one before anything is written
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
-        "version": VERSION, "split": split, "start": start, "count": count, "size": size,
+        "version": version, "split": split, "start": start, "count": count, "size": size,
         "supersample": supersample, "captions": captions, "maps": sorted(maps),
     }  # fmt: skip
     agree_on_settings(folder / SETTINGS, settings)
@@ -64,6 +67,7 @@ def cache_renders(
             supersample=supersample,
             workers=workers,
             device=device,
+            version=version,
         )
         with open(folder / LINES, "a", encoding="utf-8") as lines:
             if on_progress is not None:

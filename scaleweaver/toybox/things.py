@@ -1,8 +1,8 @@
 """The things of the toy world: one small function a kind.
 
 A kind builds its mesh at medium size, standing on z = 0 around the z axis and facing -y. Unpainted parts take the
-thing's own colour ("main"); `_paint` gives a part one of the fixed colours. A new kind is one function and one row in
-KINDS.
+thing's own colour ("main"); `materials.paint` gives a part one of the fixed colours. A new kind is one function, one
+row in KINDS, its name in a new version of the world (`worlds`) and its nouns in `captions`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from scaleweaver.toybox import newer_things as newer
+from scaleweaver.toybox.materials import MATERIALS, paint
 from scaleweaver.toybox.mesh import (
     Mesh,
     box,
@@ -28,24 +30,7 @@ from scaleweaver.toybox.mesh import (
     tube,
 )
 
-# material number = position in this table; 0 is the thing's own colour. RGB as seen on a lit surface.
-MATERIALS: dict[str, tuple[float, float, float]] = {
-    "main": (0.0, 0.0, 0.0),
-    "wood": (0.55, 0.33, 0.16),
-    "bark": (0.42, 0.27, 0.15),
-    "leaf": (0.20, 0.58, 0.20),
-    "cream": (0.97, 0.90, 0.74),
-    "white": (0.96, 0.96, 0.95),
-    "grey": (0.60, 0.62, 0.65),
-    "steel": (0.40, 0.43, 0.48),
-    "coal": (0.11, 0.11, 0.13),
-    "glass": (0.50, 0.74, 0.90),
-    "carrot": (0.98, 0.52, 0.08),
-    "sun": (1.00, 0.85, 0.25),
-    "brick": (0.70, 0.30, 0.22),
-    "glow": (1.00, 0.95, 0.70),
-}
-_NUMBER = {name: number for number, name in enumerate(MATERIALS)}
+__all__ = ["KINDS", "MATERIALS", "Kind", "extent", "mesh_of"]
 
 
 @dataclass(frozen=True)
@@ -67,10 +52,6 @@ def extent(kind: str) -> tuple[float, float]:
     """(radius of its shadow at noon, height) in metres at medium size."""
     vertices = mesh_of(kind).vertices
     return float((vertices[:, 0] ** 2 + vertices[:, 1] ** 2).max() ** 0.5), float(vertices[:, 2].max())
-
-
-def _paint(mesh: Mesh, name: str) -> Mesh:
-    return mesh.painted(_NUMBER[name])
 
 
 def _around(mesh: Mesh, count: int, start: float = 0.0) -> list[Mesh]:
@@ -123,36 +104,36 @@ def _heart() -> Mesh:
 def _gift() -> Mesh:
     ribbon = [box(0.16, 0.80, 0.70, 0.02), box(0.80, 0.16, 0.70, 0.02)]
     bow = [ellipsoid(0.19, 0.09, 0.11, 14).turned("y", -28 * s).moved(x=0.16 * s, z=0.79) for s in (1, -1)]
-    return merge(box(0.77, 0.77, 0.68, 0.03), *(_paint(part, "sun") for part in [*ribbon, *bow]))
+    return merge(box(0.77, 0.77, 0.68, 0.03), *(paint(part, "sun") for part in [*ribbon, *bow]))
 
 
 def _house() -> Mesh:
-    walls = _paint(box(0.98, 0.84, 0.62, 0.02), "cream")
+    walls = paint(box(0.98, 0.84, 0.62, 0.02), "cream")
     roof = extrude([(-0.62, 0.58), (0.62, 0.58), (0.0, 1.14)], 1.02)
-    door = _paint(box(0.22, 0.06, 0.38, 0.02).moved(y=-0.41, x=-0.02), "wood")
+    door = paint(box(0.22, 0.06, 0.38, 0.02).moved(y=-0.41, x=-0.02), "wood")
     window = box(0.19, 0.05, 0.19, 0.02)
-    windows = [_paint(window.moved(x=x, y=-0.41, z=0.27), "glass") for x in (-0.32, 0.30)]
-    sides = [_paint(window.turned("z", 90).moved(x=x, z=0.27), "glass") for x in (-0.48, 0.48)]
-    chimney = _paint(box(0.15, 0.15, 0.42, 0.02).moved(x=0.30, y=0.15, z=0.80), "brick")
+    windows = [paint(window.moved(x=x, y=-0.41, z=0.27), "glass") for x in (-0.32, 0.30)]
+    sides = [paint(window.turned("z", 90).moved(x=x, z=0.27), "glass") for x in (-0.48, 0.48)]
+    chimney = paint(box(0.15, 0.15, 0.42, 0.02).moved(x=0.30, y=0.15, z=0.80), "brick")
     return merge(walls, roof, door, *windows, *sides, chimney)
 
 
 def _tower() -> Mesh:
     body = lathe([(0.0, 0.0), (0.40, 0.0), (0.33, 0.14), (0.30, 0.92), (0.40, 1.0), (0.40, 1.14), (0, 1.14)], 24)
     teeth = [part.moved(z=1.12) for part in _around(box(0.13, 0.16, 0.17, 0.02).moved(y=0.32), 7)]
-    door = _paint(cylinder(0.13, 0.1, 16).turned("x", 90).scaled(1, 1, 1.3).moved(y=-0.29, z=0.15), "coal")
-    windows = [_paint(box(0.09, 0.1, 0.2, 0.03).moved(y=-0.29, z=0.62), "coal")]
+    door = paint(cylinder(0.13, 0.1, 16).turned("x", 90).scaled(1, 1, 1.3).moved(y=-0.29, z=0.15), "coal")
+    windows = [paint(box(0.09, 0.1, 0.2, 0.03).moved(y=-0.29, z=0.62), "coal")]
     return merge(body, *teeth, door, *windows)
 
 
 def _tree() -> Mesh:
-    trunk = _paint(lathe([(0.0, 0.0), (0.15, 0.0), (0.10, 0.2), (0.08, 0.8)], 12), "bark")
+    trunk = paint(lathe([(0.0, 0.0), (0.15, 0.0), (0.10, 0.2), (0.08, 0.8)], 12), "bark")
     crown = [(0.0, 0.0, 1.02, 0.42), (-0.28, 0.05, 0.82, 0.28), (0.28, -0.03, 0.80, 0.29), (0.03, -0.24, 0.78, 0.25)]
     return merge(trunk, *(sphere(r, 16).moved(x, y, z) for x, y, z, r in crown))
 
 
 def _pine() -> Mesh:
-    trunk = _paint(cylinder(0.09, 0.4, 12), "bark")
+    trunk = paint(cylinder(0.09, 0.4, 12), "bark")
     layers = [
         cone(0.50, 0.55, 18).moved(z=0.22),
         cone(0.40, 0.50, 18).moved(z=0.55),
@@ -167,22 +148,22 @@ def _car() -> Mesh:
     glass = extrude([(-0.33, 0.45), (0.22, 0.45), (0.12, 0.655), (-0.245, 0.655)], 0.52)
     post = extrude([(-0.08, 0.44), (-0.02, 0.44), (-0.02, 0.66), (-0.08, 0.66)], 0.53)
     screen = box(0.44, 0.03, 0.20, 0.01).turned("x", -25).turned("z", 90).moved(x=0.245, z=0.445)
-    tyre = _paint(cylinder(0.165, 0.13, 20, bevel=0.035).turned("x", 90), "coal")
-    hub = _paint(cylinder(0.075, 0.15, 14).turned("x", 90).moved(y=0.01), "grey")
+    tyre = paint(cylinder(0.165, 0.13, 20, bevel=0.035).turned("x", 90), "coal")
+    hub = paint(cylinder(0.075, 0.15, 14).turned("x", 90).moved(y=0.01), "grey")
     wheels = [
         part.moved(x, y, 0.165) for x in (-0.36, 0.36) for y in (-0.20, 0.33) for part in (tyre, hub.moved(y=0.0))
     ]
-    lamps = [_paint(sphere(0.06, 10).moved(0.585, y, 0.31), "glow") for y in (-0.19, 0.19)]
-    return merge(body, cabin, _paint(glass, "glass"), post, _paint(screen, "glass"), *wheels, *lamps)
+    lamps = [paint(sphere(0.06, 10).moved(0.585, y, 0.31), "glow") for y in (-0.19, 0.19)]
+    return merge(body, cabin, paint(glass, "glass"), post, paint(screen, "glass"), *wheels, *lamps)
 
 
 def _truck() -> Mesh:
     cab = box(0.36, 0.56, 0.52, 0.06).moved(x=0.44, z=0.14)
-    window = [_paint(box(0.20, 0.58, 0.18, 0.02).moved(x=0.47, z=0.42), "glass")]
-    window.append(_paint(box(0.04, 0.42, 0.18, 0.01).moved(x=0.61, z=0.42), "glass"))
-    load = _paint(box(0.82, 0.62, 0.68, 0.03).moved(x=-0.19, z=0.18), "white")
+    window = [paint(box(0.20, 0.58, 0.18, 0.02).moved(x=0.47, z=0.42), "glass")]
+    window.append(paint(box(0.04, 0.42, 0.18, 0.01).moved(x=0.61, z=0.42), "glass"))
+    load = paint(box(0.82, 0.62, 0.68, 0.03).moved(x=-0.19, z=0.18), "white")
     stripe = box(0.83, 0.63, 0.16, 0.01).moved(x=-0.19, z=0.40)
-    tyre = _paint(cylinder(0.155, 0.14, 18, bevel=0.03).turned("x", 90), "coal")
+    tyre = paint(cylinder(0.155, 0.14, 18, bevel=0.03).turned("x", 90), "coal")
     wheels = [tyre.moved(x, y, 0.155) for x in (-0.40, 0.42) for y in (-0.19, 0.33)]
     return merge(cab, *window, load, stripe, *wheels)
 
@@ -191,9 +172,9 @@ def _boat() -> Mesh:
     # the hull is a round bowl drawn out along x
     side = curve([(0.16, 0.0), (0.24, 0.08), (0.30, 0.34)], 3)
     hull = lathe([(0.0, 0.0), *side, (0.26, 0.34), (0.24, 0.27), (0.0, 0.27)], 24).scaled(2.17, 1.05, 1.0)
-    mast = _paint(cylinder(0.028, 1.0, 10).moved(z=0.25), "wood")
-    sail = _paint(extrude([(0.04, 0.44), (0.52, 0.44), (0.04, 1.20)], 0.03), "white")
-    jib = _paint(extrude([(-0.42, 0.44), (-0.05, 0.44), (-0.05, 1.02)], 0.03), "white")
+    mast = paint(cylinder(0.028, 1.0, 10).moved(z=0.25), "wood")
+    sail = paint(extrude([(0.04, 0.44), (0.52, 0.44), (0.04, 1.20)], 0.03), "white")
+    jib = paint(extrude([(-0.42, 0.44), (-0.05, 0.44), (-0.05, 1.02)], 0.03), "white")
     flag = extrude([(0.02, 1.18), (0.22, 1.24), (0.02, 1.30)], 0.02).moved(x=-0.02)
     return merge(hull, mast, sail, jib, flag)
 
@@ -203,32 +184,32 @@ def _rocket() -> Mesh:
     nose = lathe(curve([(0.213, 0.85), (0.13, 1.10), (0.0, 1.28)], 4), 24)
     fin = extrude([(0.15, 0.20), (0.42, 0.0), (0.44, 0.22), (0.20, 0.52)], 0.05)
     fins = _around(fin, 3, 90)
-    jet = _paint(cone(0.13, 0.12, 16, tip=0.17).turned("x", 180).moved(z=0.18), "steel")
-    window = _paint(ellipsoid(0.10, 0.06, 0.10, 14).moved(y=-0.21, z=0.70), "glass")
-    frame = _paint(torus(0.10, 0.025, 18, 8).turned("x", 90).moved(y=-0.225, z=0.70), "steel")
-    return merge(_paint(body, "white"), nose, *fins, jet, window, frame)
+    jet = paint(cone(0.13, 0.12, 16, tip=0.17).turned("x", 180).moved(z=0.18), "steel")
+    window = paint(ellipsoid(0.10, 0.06, 0.10, 14).moved(y=-0.21, z=0.70), "glass")
+    frame = paint(torus(0.10, 0.025, 18, 8).turned("x", 90).moved(y=-0.225, z=0.70), "steel")
+    return merge(paint(body, "white"), nose, *fins, jet, window, frame)
 
 
 def _cup() -> Mesh:
     wall = curve([(0.26, 0.0), (0.33, 0.06), (0.36, 0.34), (0.38, 0.66)], 3)
     inside = [(0.335, 0.66), (0.31, 0.34), (0.27, 0.07), (0.0, 0.07)]
     bowl = lathe([(0.0, 0.0), *wall, *inside], 26)
-    drink = _paint(lathe([(0.325, 0.55), (0.0, 0.55)], 22), "bark")
+    drink = paint(lathe([(0.325, 0.55), (0.0, 0.55)], 22), "bark")
     handle = tube(curve([(0.34, 0, 0.54), (0.55, 0, 0.52), (0.58, 0, 0.26), (0.34, 0, 0.16)], 5), 0.05)
     return merge(bowl, drink, handle)
 
 
 def _bottle() -> Mesh:
     line = [(0.0, 0.0), (0.22, 0.0), *curve([(0.25, 0.04), (0.25, 0.56), (0.20, 0.72), (0.09, 0.86), (0.085, 1.05)], 4)]
-    label = _paint(lathe([(0.255, 0.18), (0.258, 0.20), (0.258, 0.46), (0.255, 0.48)], 24), "cream")
-    return merge(lathe([*line, (0.0, 1.05)], 24), label, _paint(cylinder(0.10, 0.12, 16).moved(z=1.02), "wood"))
+    label = paint(lathe([(0.255, 0.18), (0.258, 0.20), (0.258, 0.46), (0.255, 0.48)], 24), "cream")
+    return merge(lathe([*line, (0.0, 1.05)], 24), label, paint(cylinder(0.10, 0.12, 16).moved(z=1.02), "wood"))
 
 
 def _teapot() -> Mesh:
     line = curve([(0.24, 0.0), (0.42, 0.16), (0.44, 0.34), (0.30, 0.55), (0.20, 0.60)], 4)
     body = lathe([(0.0, 0.0), *line, (0.0, 0.62)], 26)
-    lid = _paint(lathe([(0.22, 0.585), *curve([(0.215, 0.61), (0.14, 0.67), (0.0, 0.70)], 3)], 20), "cream")
-    knob = _paint(sphere(0.065, 12).moved(z=0.74), "cream")
+    lid = paint(lathe([(0.22, 0.585), *curve([(0.215, 0.61), (0.14, 0.67), (0.0, 0.70)], 3)], 20), "cream")
+    knob = paint(sphere(0.065, 12).moved(z=0.74), "cream")
     spout = tube(
         curve([(0.34, 0, 0.18), (0.52, 0, 0.26), (0.60, 0, 0.46), (0.72, 0, 0.56)], 4),
         [0.12 - 0.006 * k for k in range(13)],
@@ -252,42 +233,42 @@ def _table() -> Mesh:
 
 
 def _lamp() -> Mesh:
-    foot = _paint(
+    foot = paint(
         lathe([(0.0, 0.0), (0.27, 0.0), (0.27, 0.04), (0.05, 0.09), (0.035, 0.12), (0.035, 0.74)], 20), "steel"
     )
     shade = lathe([(0.40, 0.62), (0.22, 1.10), (0.19, 1.10), (0.37, 0.62), (0.40, 0.62)], 24)
-    bulb = _paint(sphere(0.12, 14).moved(z=0.72), "glow")
-    return merge(foot, shade, bulb, _paint(lathe([(0.21, 1.06), (0.0, 1.06)], 18), "glow"))
+    bulb = paint(sphere(0.12, 14).moved(z=0.72), "glow")
+    return merge(foot, shade, bulb, paint(lathe([(0.21, 1.06), (0.0, 1.06)], 18), "glow"))
 
 
 def _mushroom() -> Mesh:
-    stem = _paint(lathe([(0.0, 0.0), *curve([(0.20, 0.0), (0.17, 0.16), (0.13, 0.46)], 3)], 18), "cream")
+    stem = paint(lathe([(0.0, 0.0), *curve([(0.20, 0.0), (0.17, 0.16), (0.13, 0.46)], 3)], 18), "cream")
     cap = lathe([(0.0, 0.42), (0.42, 0.40), *curve([(0.47, 0.46), (0.40, 0.68), (0.20, 0.84), (0.0, 0.88)], 4)], 26)
     dots = []
     for azimuth, height in ((0, 0.62), (65, 0.58), (-65, 0.60), (130, 0.64), (220, 0.60)):
         dot = ellipsoid(0.095, 0.05, 0.095, 10).turned("x", -38).moved(y=-0.40, z=height)
-        dots.append(_paint(dot.turned("z", azimuth), "white"))
-    return merge(stem, cap, *dots, _paint(ellipsoid(0.10, 0.10, 0.04, 10).moved(z=0.87), "white"))
+        dots.append(paint(dot.turned("z", azimuth), "white"))
+    return merge(stem, cap, *dots, paint(ellipsoid(0.10, 0.10, 0.04, 10).moved(z=0.87), "white"))
 
 
 def _snowman() -> Mesh:
     balls = [sphere(r, 22).moved(z=z) for r, z in ((0.40, 0.36), (0.29, 0.88), (0.21, 1.28))]
-    nose = _paint(cone(0.05, 0.26, 10).turned("x", 90).moved(y=-0.18, z=1.27), "carrot")
+    nose = paint(cone(0.05, 0.26, 10).turned("x", 90).moved(y=-0.18, z=1.27), "carrot")
     dots = [(x, -0.18, 1.36, 0.035) for x in (-0.08, 0.08)] + [(0.0, -0.275, z, 0.035) for z in (0.80, 0.95)]
-    coal = [_paint(sphere(r, 8).moved(x, y, z), "coal") for x, y, z, r in dots]
-    hat = _paint(lathe([(0.0, 1.42), (0.25, 1.42), (0.25, 1.46), (0.17, 1.47), (0.16, 1.70), (0.0, 1.70)], 20), "coal")
-    arms = [_paint(tube([(0.24 * s, 0, 0.92), (0.62 * s, 0, 1.12)], 0.028, 8), "bark") for s in (1, -1)]
+    coal = [paint(sphere(r, 8).moved(x, y, z), "coal") for x, y, z, r in dots]
+    hat = paint(lathe([(0.0, 1.42), (0.25, 1.42), (0.25, 1.46), (0.17, 1.47), (0.16, 1.70), (0.0, 1.70)], 20), "coal")
+    arms = [paint(tube([(0.24 * s, 0, 0.92), (0.62 * s, 0, 1.12)], 0.028, 8), "bark") for s in (1, -1)]
     return merge(*balls, nose, *coal, hat, *arms)
 
 
 def _flower() -> Mesh:
-    stem = _paint(tube(curve([(0, 0, 0.0), (0.05, 0, 0.4), (0, 0, 0.84)], 4), 0.035, 8), "leaf")
+    stem = paint(tube(curve([(0, 0, 0.0), (0.05, 0, 0.4), (0, 0, 0.84)], 4), 0.035, 8), "leaf")
     leaves = [
-        _paint(ellipsoid(0.20, 0.03, 0.075, 12).turned("y", -35 * s).moved(0.18 * s, 0, 0.30), "leaf") for s in (1, -1)
+        paint(ellipsoid(0.20, 0.03, 0.075, 12).turned("y", -35 * s).moved(0.18 * s, 0, 0.30), "leaf") for s in (1, -1)
     ]
     petal = ellipsoid(0.14, 0.055, 0.17, 14).moved(z=0.23)
     petals = [petal.turned("y", 60 * k).moved(y=-0.02, z=0.86) for k in range(6)]
-    eye = _paint(ellipsoid(0.14, 0.08, 0.14, 14).moved(y=-0.05, z=0.86), "sun")
+    eye = paint(ellipsoid(0.14, 0.08, 0.14, 14).moved(y=-0.05, z=0.86), "sun")
     return merge(stem, *leaves, *petals, eye)
 
 
@@ -295,7 +276,7 @@ def _cactus() -> Mesh:
     trunk = capsule(0.20, 0.18, 0.86, 18).moved(z=0.18)
     right = tube(curve([(0.12, 0, 0.46), (0.36, 0, 0.48), (0.42, 0, 0.60), (0.42, 0, 0.82)], 4), 0.10)
     left = tube(curve([(-0.12, 0, 0.62), (-0.34, 0, 0.64), (-0.40, 0, 0.74), (-0.40, 0, 1.0)], 4), 0.09)
-    bloom = _paint(sphere(0.09, 10).scaled(1, 1, 0.7).moved(z=1.24), "carrot")
+    bloom = paint(sphere(0.09, 10).scaled(1, 1, 0.7).moved(z=1.24), "carrot")
     return merge(trunk, right, left, bloom)
 
 
@@ -304,8 +285,8 @@ def _duck() -> Mesh:
     tail = cone(0.17, 0.34, 14, tip=0.02).turned("y", -58).moved(-0.36, 0, 0.26)
     head = sphere(0.245, 20).moved(0.30, 0, 0.66)
     neck = capsule(0.22, 0.18, 0.3, 14).moved(0.26, 0, 0.34)
-    beak = _paint(ellipsoid(0.17, 0.12, 0.05, 14).moved(0.55, 0, 0.62), "carrot")
-    eyes = [_paint(sphere(0.045, 10).moved(0.43, y, 0.74), "coal") for y in (-0.17, 0.17)]
+    beak = paint(ellipsoid(0.17, 0.12, 0.05, 14).moved(0.55, 0, 0.62), "carrot")
+    eyes = [paint(sphere(0.045, 10).moved(0.43, y, 0.74), "coal") for y in (-0.17, 0.17)]
     wings = [ellipsoid(0.26, 0.07, 0.15, 14).turned("y", 12).moved(-0.06, y, 0.28) for y in (-0.36, 0.36)]
     return merge(body, tail, head, neck, beak, *eyes, *wings)
 
@@ -318,26 +299,26 @@ def _cat() -> Mesh:
     legs = [capsule(0.075, 0.09, 0.4, 12).moved(0.11 * s, -0.16, 0.08) for s in (1, -1)]
     haunches = [ellipsoid(0.13, 0.20, 0.19, 14).moved(0.19 * s, 0.06, 0.19) for s in (1, -1)]
     tail = tube(curve([(0.1, 0.26, 0.10), (0.40, 0.30, 0.12), (0.52, 0.26, 0.36), (0.46, 0.24, 0.56)], 4), 0.055)
-    eyes = [_paint(sphere(0.042, 10).moved(0.10 * s, -0.26, 0.94), "coal") for s in (1, -1)]
-    muzzle = [_paint(ellipsoid(0.12, 0.07, 0.075, 12).moved(0, -0.255, 0.83), "cream")]
-    nose = [_paint(sphere(0.03, 8).moved(0, -0.32, 0.86), "coal")]
+    eyes = [paint(sphere(0.042, 10).moved(0.10 * s, -0.26, 0.94), "coal") for s in (1, -1)]
+    muzzle = [paint(ellipsoid(0.12, 0.07, 0.075, 12).moved(0, -0.255, 0.83), "cream")]
+    nose = [paint(sphere(0.03, 8).moved(0, -0.32, 0.86), "coal")]
     return merge(body, head, *ears, *feet, *legs, *haunches, tail, *eyes, *muzzle, *nose)
 
 
 def _robot() -> Mesh:
     body = box(0.54, 0.40, 0.52, 0.06).moved(z=0.30)
     head = box(0.44, 0.36, 0.32, 0.05).moved(z=0.88)
-    legs = [_paint(cylinder(0.09, 0.34, 14).moved(0.15 * s), "steel") for s in (1, -1)]
-    feet = [_paint(box(0.22, 0.30, 0.10, 0.03).moved(0.15 * s, -0.03), "steel") for s in (1, -1)]
+    legs = [paint(cylinder(0.09, 0.34, 14).moved(0.15 * s), "steel") for s in (1, -1)]
+    feet = [paint(box(0.22, 0.30, 0.10, 0.03).moved(0.15 * s, -0.03), "steel") for s in (1, -1)]
     arms = [
-        _paint(tube(curve([(0.26 * s, 0, 0.72), (0.42 * s, 0, 0.62), (0.44 * s, -0.04, 0.40)], 3), 0.065), "grey")
+        paint(tube(curve([(0.26 * s, 0, 0.72), (0.42 * s, 0, 0.62), (0.44 * s, -0.04, 0.40)], 3), 0.065), "grey")
         for s in (1, -1)
     ]
-    neck = _paint(cylinder(0.10, 0.12, 12).moved(z=0.80), "steel")
-    eyes = [_paint(sphere(0.065, 12).moved(0.10 * s, -0.17, 1.07), "glow") for s in (1, -1)]
-    mouth = _paint(box(0.22, 0.04, 0.05, 0.01).moved(0, -0.175, 0.94), "coal")
-    panel = _paint(box(0.30, 0.04, 0.20, 0.02).moved(0, -0.195, 0.48), "white")
-    antenna = [_paint(cylinder(0.02, 0.18, 8).moved(z=1.18), "steel"), sphere(0.06, 12).moved(z=1.38)]
+    neck = paint(cylinder(0.10, 0.12, 12).moved(z=0.80), "steel")
+    eyes = [paint(sphere(0.065, 12).moved(0.10 * s, -0.17, 1.07), "glow") for s in (1, -1)]
+    mouth = paint(box(0.22, 0.04, 0.05, 0.01).moved(0, -0.175, 0.94), "coal")
+    panel = paint(box(0.30, 0.04, 0.20, 0.02).moved(0, -0.195, 0.48), "white")
+    antenna = [paint(cylinder(0.02, 0.18, 8).moved(z=1.18), "steel"), sphere(0.06, 12).moved(z=1.38)]
     return merge(body, head, *legs, *feet, *arms, neck, *eyes, mouth, panel, *antenna)
 
 
@@ -372,4 +353,18 @@ KINDS: dict[str, Kind] = {
     "duck": Kind(_duck),
     "cat": Kind(_cat),
     "robot": Kind(_robot),
+    "apple": Kind(newer.apple),
+    "bed": Kind(newer.bed),
+    "cake": Kind(newer.cake),
+    "elephant": Kind(newer.elephant),
+    "hammer": Kind(newer.hammer),
+    "ice cream": Kind(newer.ice_cream),
+    "palm": Kind(newer.palm),
+    "plane": Kind(newer.plane),
+    "rabbit": Kind(newer.rabbit),
+    "snail": Kind(newer.snail),
+    "sofa": Kind(newer.sofa),
+    "train": Kind(newer.train),
+    "umbrella": Kind(newer.umbrella),
+    "windmill": Kind(newer.windmill),
 }

@@ -5,10 +5,12 @@ import pytest
 
 from scaleweaver.toybox import captions
 from scaleweaver.toybox.captions import caption, vocabulary, words
+from scaleweaver.toybox.finish import FINISHES, PATTERNS
 from scaleweaver.toybox.looks import GROUNDS, SKIES
 from scaleweaver.toybox.people import BUILDS, HAIR_STYLES, POSES
 from scaleweaver.toybox.scene import COLORS, SIZES, Camera, Person, Scene, Thing, generator, relations, sample_scene
 from scaleweaver.toybox.things import KINDS
+from scaleweaver.toybox.weather import WEATHERS
 
 SCENES = [sample_scene("train", i) for i in range(250)]
 TEXTS = [
@@ -21,7 +23,10 @@ def test_the_tables_cover_the_world():
     assert set(captions.BUILD_NOUNS) == set(BUILDS)
     assert set(captions.POSE_WORDS) == set(POSES)
     assert set(captions.HAIR_WORDS) == set(HAIR_STYLES)
-    assert set(captions.SKY_WORDS) == set(SKIES)
+    assert set(captions.SKY_WORDS) == set(captions.HOUR_WORDS) == set(SKIES)
+    assert set(captions.WEATHER_WORDS) == set(WEATHERS)
+    assert set(captions.FINISH_WORDS) == set(captions.FINISH_TOLD) == set(FINISHES)
+    assert set(captions.PATTERN_WORDS) == set(PATTERNS)
     assert set(captions.GROUND_WORDS) == set(GROUNDS)
     assert set(captions.SIZE_WORDS) == set(SIZES)
 

@@ -77,6 +77,14 @@ def test_poses_do_what_they_say():
     assert point[POINT["left wrist"], 0] > point[POINT["left shoulder"], 0] + 0.4
     hips = people.keypoints(person("hands on hips"))
     assert hips[POINT["left elbow"], 0] > hips[POINT["left wrist"], 0] + 0.05
+    hand = people.keypoints(person("handstand"))
+    assert hand[POINT["left ankle"], 2] > hand[POINT["left hip"], 2] > hand[neck, 2] > hand[POINT["left wrist"], 2]
+    lie = people.keypoints(person("lying"))
+    assert np.ptp(lie[:, 2]) < 0.8 < np.ptp(lie[:, 0])
+    crawl = people.keypoints(person("crawling"))
+    assert max(crawl[[POINT["left wrist"], POINT["left knee"]], 2]) < 0.25 < crawl[POINT["left hip"], 2]
+    balance = people.keypoints(person("balancing"))
+    assert balance[POINT["left ankle"], 2] > balance[POINT["right knee"], 2] > balance[POINT["right ankle"], 2]
     kick = people.keypoints(person("kicking"))
     assert kick[POINT["right ankle"], 2] > 0.4 and kick[POINT["right ankle"], 1] < -0.4
 

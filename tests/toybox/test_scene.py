@@ -25,6 +25,7 @@ from scaleweaver.toybox.scene import (
 )
 from scaleweaver.toybox.stage import project
 from scaleweaver.toybox.things import KINDS
+from scaleweaver.toybox.worlds import world_of
 
 TRAIN = [sample_scene("train", i) for i in range(300)]
 
@@ -133,8 +134,7 @@ def test_the_mix_of_scenes():
     alone = [len(scene.items) for scene in TRAIN if isinstance(scene.items[0], Thing)]
     assert 0.35 < np.mean(np.array(alone) == 1) < 0.56 and 0.05 < np.mean(np.array(alone) == 3) < 0.25
     assert {scene.ground for scene in TRAIN} == set(GROUNDS) and {scene.sky for scene in TRAIN} == set(SKIES)
-    assert {item.kind for scene in TRAIN for item in scene.items if isinstance(item, Thing)} == set(compose.WORLD)
-    assert set(compose.WORLD) <= set(KINDS)
+    assert {item.kind for scene in TRAIN for item in scene.items if isinstance(item, Thing)} == set(world_of(1).kinds)
     assert {relation for scene in TRAIN for _, relation, _ in relations(scene)} == {
         "left of",
         "right of",
