@@ -278,6 +278,7 @@ def test_training_that_diverges_is_one_line(tmp_path: Path, monkeypatch: pytest.
         raise FloatingPointError("the loss is nan at step 3; lower lr")
 
     monkeypatch.setattr("scaleweaver.train.run", diverge)
+    (tmp_path / "recipe.yaml").write_text("{recipe: judge, out: run, steps: 1, batch: 1, lr: 1}")
     assert "the loss is nan at step 3" in refused(call("train", tmp_path / "recipe.yaml"))
 
 

@@ -7,12 +7,9 @@ python recipes/toybox/assemble.py --model runs/toybox/controls/result --control-
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
-import torch
-
-from scaleweaver import VARControlPipeline
+from scaleweaver.train.assembly import assemble, sizes
 
 
 def main() -> None:
@@ -29,21 +26,11 @@ def main() -> None:
         name: getattr(options, name) for name in ("guidance_scale", "control_guidance_scale", "temperature", "top_p")
     }
     defaults = {name: value for name, value in chosen.items() if value is not None}
-    pipe = VARControlPipeline.from_pretrained(options.model, **defaults).to(torch.bfloat16)
-    for folder in options.control:
-        pipe.load_control(folder)
-    card = options.out / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else None
-    shutil.rmtree(options.out, ignore_errors=True)
-    for part in (pipe, pipe.transformer, pipe.vae):
-        part.register_to_config(_name_or_path=options.out.name)  # not the folder of the run
-    pipe.save_pretrained(options.out)
-    if text is not None:
-        card.write_text(text, encoding="utf-8")
-    weights = sorted(options.out.rglob("*.safetensors"))
-    for path in weights:
-        print(f"{path.stat().st_size / 1e6:7.2f} MB  {path.relative_to(options.out)}")
-    print(f"{sum(p.stat().st_size for p in weights) / 1e6:7.2f} MB  together")
+    assemble(options.out, options.model, options.control, defaults)
+    weights = sizes(options.out)
+    for path, size in weights.items():
+        print(f"{size / 1e6:7.2f} MB  {path}")
+    print(f"{sum(weights.values()) / 1e6:7.2f} MB  together")
 
 
 if __name__ == "__main__":

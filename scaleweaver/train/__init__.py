@@ -8,39 +8,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scaleweaver.train.trainer import TrainConfig
+    from scaleweaver.train.trainer import Recipe, TrainConfig
 
 
 def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path:
     """Runs, or resumes, the recipe of a yaml file; returns the folder of the result. `overrides` as in `read_config`.
 
-    Raises ValueError for an unknown recipe name, and a missing or unknown setting.
+    Raises ValueError for an unknown recipe name, and a missing or unknown setting. A file with stages is run by
+    `stages.run_stages`.
     """
-    from scaleweaver.train.processes import check_setup
     from scaleweaver.train.trainer import train
 
     config = read_config(recipe, overrides)
+    return train(make_recipe(config), config)
+
+
+def make_recipe(config: TrainConfig) -> Recipe:
+    """What `config.recipe` names, with its pictures rendered, its networks made or loaded and its features computed."""
+    from scaleweaver.train.processes import check_setup
+
     check_setup(config.recipe)  # before pictures are rendered
     if config.recipe == "tokenizer":
         from scaleweaver.train.tokenizer import TokenizerRecipe
 
-        return train(TokenizerRecipe(config), config)
+        return TokenizerRecipe(config)
     if config.recipe == "backbone":
         from scaleweaver.train.backbone import BackboneRecipe
 
-        return train(BackboneRecipe(config), config)
+        return BackboneRecipe(config)
     if config.recipe == "control":
         from scaleweaver.train.control import ControlRecipe
 
-        return train(ControlRecipe(config), config)
+        return ControlRecipe(config)
     if config.recipe == "judge":
         from scaleweaver.train.judge import JudgeRecipe
 
-        return train(JudgeRecipe(config), config)
+        return JudgeRecipe(config)
     if config.recipe == "estimator":
         from scaleweaver.train.estimator import EstimatorRecipe
 
-        return train(EstimatorRecipe(config), config)
+        return EstimatorRecipe(config)
     raise ValueError(f'recipe "{config.recipe}" is unknown; expected tokenizer, backbone, control, judge or estimator')
 
 
@@ -50,9 +57,19 @@ def read_config(recipe: str | Path, overrides: Mapping[str, Any] | None = None) 
     ``overrides`` replace values of the file (`scaleweaver train FILE --set key=value`); a key with dots reaches into
     a nested setting. Raises ValueError for a missing file and one that holds no settings.
     """
-    import yaml
-
     from scaleweaver.train.trainer import TrainConfig
+
+    return TrainConfig.from_mapping(changed(read_settings(recipe), overrides or {}))
+
+
+def is_plan(recipe: str | Path) -> bool:
+    """Whether a yaml file has several stages, see `stages.read_plan`."""
+    return "stages" in read_settings(recipe)
+
+
+def read_settings(recipe: str | Path) -> dict[str, Any]:
+    """A yaml file as it stands."""
+    import yaml
 
     path = Path(recipe)
     if not path.is_file():
@@ -60,18 +77,18 @@ def read_config(recipe: str | Path, overrides: Mapping[str, Any] | None = None) 
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}; expected a mapping of settings")
-    return TrainConfig.from_mapping(_changed(values, overrides or {}))
+    return values
 
 
-def _changed(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def changed(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with some replaced; "adapter.lora_rank" is the key lora_rank of the mapping adapter."""
-    changed = deepcopy(dict(values))
+    result = deepcopy(dict(values))
     for key, value in overrides.items():
         *outer, name = key.split(".")
-        inner: Any = changed
+        inner: Any = result
         for part in outer:
             inner = inner.setdefault(part, {})
             if not isinstance(inner, dict):
                 raise ValueError(f"{key}: {part} is {inner!r}, which has no settings of its own; set {part} as a whole")
         inner[name] = value
-    return changed
+    return result

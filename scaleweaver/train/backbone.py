@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -23,14 +24,14 @@ from scaleweaver.cache import KVCache
 from scaleweaver.contracts import TextFeatures
 from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.tokenizers.bsq import BSQTokenizer
-from scaleweaver.train.data import Renders, as_pixels, latent_reader, save_grid
+from scaleweaver.train.data import Renders, as_images, as_latents, as_pixels, latent_reader, save_grid
 from scaleweaver.train.losses import bit_loss
 from scaleweaver.train.trainer import TrainConfig
 from scaleweaver.train.vocabulary import train_vocabulary
 
 
 class BackboneLoss(nn.Module):
-    """Bit cross-entropy; forward({"latent", "ids", "mask", "drop"}, seed) -> loss and accuracy per scale."""
+    """Bit cross-entropy; forward({"latent" or "images", "ids", "mask", "drop"}, seed) -> loss, accuracy per scale."""
 
     def __init__(
         self,
@@ -45,13 +46,14 @@ class BackboneLoss(nn.Module):
         super().__init__()
         self.transformer, self.text_encoder = transformer, text_encoder
         self.target, self.schedule = vae.target, schedule
+        self.encode = vae.encode  # the method alone: the tokenizer is no part of what is trained and saved
         self.strength, self.corrected_scales, self.by_magnitude = strength, corrected_scales, by_magnitude
 
     def forward(self, batch: Mapping[str, Tensor], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         text = encode_text(self.text_encoder, self.transformer, batch["ids"], batch["mask"], batch["drop"])
         with torch.no_grad():
-            noise = torch.Generator(batch["latent"].device).manual_seed(seed)
-            latent = batch["latent"]
+            latent = batch["latent"] if "latent" in batch else self.encode(batch["images"])
+            noise = torch.Generator(latent.device).manual_seed(seed)
             inputs, labels, flips = self.target.self_correct(
                 latent, self.schedule, self.strength, self.corrected_scales, noise
             )
@@ -173,24 +175,25 @@ class BackboneRecipe:
             texts.append("" if rng.random() < self.empty_prompts else wordings[rng.integers(len(wordings))])
         texts = self.renders.told_in_full(rows, texts, self.explicit, np.random.default_rng((self.seed, index, 1)))
         drop = torch.from_numpy(rng.random(size) < self.text_dropout)
-        return self._batch(self.latents(rows), texts, drop)
+        # pictures that are rendered when read are encoded where the step runs
+        pictures = as_images(self.renders, rows) if self.renders.online else as_latents(self.latents(rows))
+        return pictures | self._texts(texts, drop)
 
-    def _batch(self, latents: np.ndarray, texts: Sequence[str], drop: Tensor) -> dict[str, Tensor]:
-        device = next(self.model.parameters()).device
+    def _texts(self, texts: Sequence[str], drop: Tensor) -> dict[str, Tensor]:
         limit = self.transformer.config["text_length"]
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        return {
-            "latent": torch.from_numpy(latents).float().to(device),
-            "ids": tokens["input_ids"].to(device),
-            "mask": tokens["attention_mask"].to(device),
-            "drop": drop.to(device),
-        }
+        return {"ids": tokens["input_ids"], "mask": tokens["attention_mask"], "drop": drop}
+
+    def networks(self) -> Iterable[nn.Module]:
+        """See `compiled.Compilable`."""
+        return self.transformer.blocks
 
     @torch.no_grad()
     def validate(self, folder: Path, step: int) -> Mapping[str, float]:
         count = min(128, len(self.held_out))
         texts = [self.held_out.captions(i)[0] for i in range(count)]
-        batch = self._batch(self.held_out_latents(range(count)), texts, torch.zeros(count, dtype=torch.bool))
+        latents, drop = self.held_out_latents(range(count)), torch.zeros(count, dtype=torch.bool)
+        batch = send_to_device(as_latents(latents) | self._texts(texts, drop), self.vae.device)
         corrected, self.model.strength = self.model.strength, 0.0  # type: ignore[assignment]
         loss, metrics = self.model(batch, 0)
         self.model.strength = corrected

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from scaleweaver.adapters import add_control, save_control, trainable_parameters
@@ -35,6 +36,8 @@ from scaleweaver.train.data import (
     CachedText,
     Pixels,
     Renders,
+    as_images,
+    as_latents,
     as_pixels,
     cached_text,
     latent_reader,
@@ -172,6 +175,11 @@ class ControlRecipe:
             encoder, tokenizer = self.pipe.text_encoder, self.pipe.tokenizer
             self.text = cached_text(folder / "text", encoder, tokenizer, self.pictures, max_length=limit)
 
+    def networks(self) -> Iterable[nn.Module]:
+        """See `compiled.Compilable`. Not the blocks: who sees which control changes with every batch."""
+        parts = [part for block in self.pipe.transformer.blocks for part in (block.cross, block.ffn)]
+        return [self.pipe.vae.encoder, *parts]
+
     def sharding(self) -> tuple[list[nn.Module], dict[type[nn.Module], tuple[str, ...]]]:
         """See `processes.Shardable`; pictures are not drawn in such a run, since no process has the weights."""
         self.sharded = True
@@ -222,7 +230,12 @@ class ControlRecipe:
         else:
             features, lengths = self.text.read(own, [wordings[position] for position in mine])
             text = {"features": features, "lengths": lengths}
-        batch = self._batch(self.latents(own), text, maps, drop[mine.start : mine.stop])
+        # pictures that are rendered when read are encoded where the step runs
+        if isinstance(self.pictures, Renders) and self.pictures.online:
+            pictures = as_images(self.pictures, own)
+        else:
+            pictures = as_latents(self.latents(own))
+        batch = self._batch(pictures, text, maps, drop[mine.start : mine.stop])
         if self.share.count > 1:
             batch["share"] = torch.tensor([self.share.index, self.share.count])
         return batch
@@ -273,14 +286,14 @@ class ControlRecipe:
         tokens = self.pipe.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         return {"ids": tokens["input_ids"], "mask": tokens["attention_mask"]}
 
-    def _batch(self, latents: Any, text: dict[str, Tensor], maps: Maps, drop: Any) -> dict[str, Tensor]:
-        batch = {"latent": torch.from_numpy(latents).float(), "drop": torch.from_numpy(drop), **text}
+    def _batch(self, pictures: dict[str, Tensor], text: dict[str, Tensor], maps: Maps, drop: Any) -> dict[str, Tensor]:
+        batch = {**pictures, "drop": torch.from_numpy(drop), **text}
         for name in self.pipe.controls:
             here = maps.get(name, {})
-            batch[f"seen.{name}"] = torch.tensor([position in here for position in range(len(latents))])
+            batch[f"seen.{name}"] = torch.tensor([position in here for position in range(len(drop))])
             if here:
                 batch[f"maps.{name}"] = to_images(np.stack([here[position] for position in sorted(here)]))
-        return {name: value.to(self.pipe.transformer.device) for name, value in batch.items()}
+        return batch
 
     @torch.no_grad()
     def validate(self, folder: Path, step: int) -> Mapping[str, float]:
@@ -333,7 +346,8 @@ class ControlRecipe:
                 features, lengths = self.held_out_text.read(part, [0] * len(part))
                 text = {"features": features, "lengths": lengths}
             seen = {name: {part.index(row): found[row] for row in part} for name, found in maps.items()}
-            batch = self._batch(self.held_out_latents(part), text, seen, np.zeros(len(part), bool))
+            batch = self._batch(as_latents(self.held_out_latents(part)), text, seen, np.zeros(len(part), bool))
+            batch = send_to_device(batch, self.pipe.transformer.device)
             total += float(self.model(batch, 0)[0]) * len(part)
         return total / len(rows)
 

@@ -20,8 +20,8 @@ from scaleweaver.train.losses import bit_loss
 
 
 class ControlLoss(nn.Module):
-    """Bit cross-entropy under controls; forward({"latent", "drop", the text, and of every control "maps.NAME" of the
-    rows that see it and "seen.NAME" (B,)}, seed).
+    """Bit cross-entropy under controls; forward({"latent" or "images", "drop", the text, and of every control
+    "maps.NAME" of the rows that see it and "seen.NAME" (B,)}, seed).
 
     The text is either tokens, "ids" and "mask", or packed "features" with their "lengths". The latent's size tells
     which of `schedules` a batch has. "share", where it is there, says that the rows are one of several equal parts of a
@@ -45,6 +45,9 @@ class ControlLoss(nn.Module):
         self.strength = strength
 
     def forward(self, batch: Mapping[str, Tensor], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if "images" in batch:
+            with torch.no_grad():
+                batch = {**batch, "latent": self.vae.encode(batch["images"])}
         target, schedule = self.vae.target, self.schedules[tuple(batch["latent"].shape[-2:])]
         with torch.set_grad_enabled(self.whole and torch.is_grad_enabled()):
             context = self.transformer.encode_text(self._text(batch))

@@ -23,9 +23,11 @@ from scaleweaver.evaluate.prompts import explicit_caption
 from scaleweaver.tokenizers.bsq import BSQTokenizer
 from scaleweaver.toybox.drawing import draw_skeleton
 from scaleweaver.toybox.progress import rendering_progress
-from scaleweaver.toybox.scene import sample_scene
-from scaleweaver.toybox.store import RenderStore, cache_renders
+from scaleweaver.toybox.scene import Scene, sample_scene
+from scaleweaver.toybox.store import RenderStore, cache_renders, write_atomic
 from scaleweaver.train.online import BLOCK, OnlineRenders
+
+FLUSHED = 32  # after so many batches of features the ones done are noted
 
 Pixels = NDArray[np.uint8]
 Source = str | Mapping[str, Any]
@@ -49,11 +51,11 @@ class Renders:
 
     A source is the folder of a store, the arguments of `cache_renders` ({path, split, count, ...}), which then renders
     what is still missing, or {online: true, split, count, start, ...}, which renders every picture when it is read.
+    {path, ..., parts: n} stands for n stores that can be rendered side by side, see `stores_of`.
     """
 
     def __init__(self, sources: Source | Sequence[Source]):
-        listed = [sources] if isinstance(sources, (str, Mapping)) else sources
-        self.stores = [_opened(source) for source in listed]
+        self.stores = [_opened(source) for source in stores_of(sources)]
         self.counts = [len(s) for s in self.stores]
         if not sum(self.counts):
             raise ValueError(
@@ -95,9 +97,14 @@ class Renders:
         settings: Mapping[str, Any] = store.settings
         return settings["split"], settings["start"] + i
 
+    def scene(self, row: int) -> Scene:
+        """What a picture shows, sampled again from the split, index and version it came from."""
+        settings: Mapping[str, Any] = self._find(row)[0].settings
+        return sample_scene(*self.source(row), version=settings["version"])
+
     def explicit_caption(self, row: int) -> str:
         """The wording that says all that can be asked of this picture; needs no rendering."""
-        return explicit_caption(sample_scene(*self.source(row)))
+        return explicit_caption(self.scene(row))
 
     def told_in_full(
         self, rows: Sequence[int], texts: Sequence[str], share: float, rng: np.random.Generator
@@ -123,6 +130,24 @@ class Renders:
         """(H, W, 3) drawing of the person's key points, None where there is nobody."""
         points = self.keypoints(row)
         return None if points is None else np.asarray(draw_skeleton(points[None], self.image(row).shape[0]))
+
+
+def stores_of(sources: Source | Sequence[Source]) -> list[Source]:
+    """The sources of single stores; one with `parts` becomes path-00, path-01, ..., of equally many pictures each."""
+    single: list[Source] = []
+    for source in [sources] if isinstance(sources, (str, Mapping)) else sources:
+        if isinstance(source, str) or "parts" not in source:
+            single.append(source)
+            continue
+        settings = dict(source)
+        parts, count = settings.pop("parts"), settings.get("count", 0)
+        if not isinstance(parts, int) or parts < 1 or count % parts or "path" not in settings:
+            raise ValueError(f"{dict(source)} cannot be parted; set path, and count to a multiple of parts")
+        each = count // parts
+        for part in range(parts):
+            start, path = settings.get("start", 0) + part * each, f"{settings['path']}-{part:02d}"
+            single.append(settings | {"path": path, "start": start, "count": each})
+    return single
 
 
 def _opened(source: Source) -> RenderStore | OnlineRenders:
@@ -181,6 +206,16 @@ def to_images(pictures: Pixels) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
+def as_images(renders: Pictures, rows: Sequence[int]) -> dict[str, Tensor]:
+    """The part of a batch that is pictures, as {"images"}: (B, 3, H, W) in [-1, 1]."""
+    return {"images": to_images(np.stack([renders.image(row) for row in rows]))}
+
+
+def as_latents(latents: NDArray[np.float16]) -> dict[str, Tensor]:
+    """The part of a batch that is pictures, as {"latent"}: (B, d, Hl, Wl) float32."""
+    return {"latent": torch.from_numpy(latents).float()}
+
+
 def as_pixels(images: Tensor) -> Pixels:
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
     scaled = (images.float().clamp(-1, 1) + 1) * 127.5
@@ -207,16 +242,21 @@ def cached_latents(
     path.mkdir(parents=True, exist_ok=True)
     mark = {"count": len(renders), "fingerprint": fingerprint(vae), "stores": [str(s.path) for s in renders.stores]}
     done = path / "latents.json"
-    if done.is_file() and json.loads(done.read_text()) == mark:
+    found = json.loads(done.read_text()) if done.is_file() else {}
+    if found == mark:
         return np.load(path / "latents.npy", mmap_mode="r")
-    done.unlink(missing_ok=True)
     side = renders.image(0).shape[0] // vae.config["stride"]
     shape = (len(renders), vae.config["bits"], side, side)
-    out = np.lib.format.open_memmap(path / "latents.npy", mode="w+", dtype=np.float16, shape=shape)
-    for start in range(0, len(renders), batch):
+    # an interrupted call goes on where it was
+    first = found.pop("rows", 0) if found | {"rows": 0} == mark | {"rows": 0} else 0
+    out = np.lib.format.open_memmap(path / "latents.npy", mode="r+" if first else "w+", dtype=np.float16, shape=shape)
+    for start in range(first, len(renders), batch):
         out[start : start + batch] = encoded(vae, renders, range(start, min(start + batch, len(renders))))
+        if start // batch % FLUSHED == 0:
+            out.flush()
+            write_atomic(done, json.dumps(mark | {"rows": start + batch}).encode())
     out.flush()
-    done.write_text(json.dumps(mark))
+    write_atomic(done, json.dumps(mark).encode())
     return np.load(path / "latents.npy", mmap_mode="r")
 
 

@@ -111,6 +111,10 @@ class EstimatorRecipe:
         # joints are harder than depth and two pictures in three show nobody: those with people come twice
         self.order = [*everything, *(row for row in everything if self.renders.keypoints(row) is not None)]
 
+    def networks(self) -> Iterable[nn.Module]:
+        """See `compiled.Compilable`."""
+        return [self.estimator]
+
     def parameter_groups(self) -> Iterable[dict[str, Any]]:
         parameters = list(self.estimator.parameters())
         matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from scaleweaver.evaluate.attributes import PERSON, STRIDE, AttributeJudge, score
 from scaleweaver.toybox.compose import rectangle
-from scaleweaver.toybox.scene import Person, Scene, attributes, base, sample_scene
+from scaleweaver.toybox.scene import Person, Scene, attributes, base
 from scaleweaver.toybox.stage import project
+from scaleweaver.toybox.worlds import check_same_world
 from scaleweaver.train.data import Pixels, Renders, to_images
 from scaleweaver.train.trainer import TrainConfig
 
@@ -43,6 +44,7 @@ class Labels:
 def labels_of(scene: Scene, judge: AttributeJudge) -> Labels:
     """Names as numbers of this judge, places through the scene's camera."""
     names = judge.config
+    check_same_world("this judge", names["world"], scene.version)
     items, places = [], []
     for item in scene.items:
         left, bottom, right, top = rectangle(item, scene.camera)
@@ -114,13 +116,17 @@ class JudgeRecipe:
         # the order of the data repeats every epoch, and a scene takes longer to compose than a step may wait
         self.labels = lru_cache(maxsize=65_536)(self._labels)
 
+    def networks(self) -> Iterable[nn.Module]:
+        """See `compiled.Compilable`."""
+        return [self.judge]
+
     def parameter_groups(self) -> Iterable[dict[str, Any]]:
         parameters = list(self.judge.parameters())
         matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]
         return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
 
     def _labels(self, row: int) -> Labels:
-        return labels_of(sample_scene(*self.renders.source(row)), self.judge)
+        return labels_of(self.renders.scene(row), self.judge)
 
     def batch(self, index: int, size: int) -> Mapping[str, Tensor]:
         rng = np.random.default_rng((self.seed, index))
@@ -142,7 +148,7 @@ class JudgeRecipe:
         """Scores on true renders and on softened ones."""
         rng = np.random.default_rng(0)
         rows = range(min(256, len(self.held_out)))
-        truth = [attributes(sample_scene(*self.held_out.source(row))) for row in rows]
+        truth = [attributes(self.held_out.scene(row)) for row in rows]
         pictures = np.stack([self.held_out.image(row) for row in rows])
         soft = np.stack([softened(picture, rng) for picture in pictures])
         true_scores, soft_scores = (score(self.judge.judge(p), truth) for p in (pictures, soft))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from scaleweaver.toybox.dataset import ToyboxDataset
-from scaleweaver.toybox.scene import Scene, sample_scene
+from scaleweaver.toybox.scene import VERSION, Scene, sample_scene
 from scaleweaver.toybox.store import stored_arrays, wordings
 
 BLOCK = 16  # pictures rendered together
@@ -32,11 +32,14 @@ class OnlineRenders:
         supersample: int = 2,
         captions: int = 4,
         device: str = "cpu",
+        version: int = VERSION,
     ) -> None:
         if captions < 1:
             raise ValueError(f"captions is {captions}; expected at least 1 wording a picture")
-        self.pictures = ToyboxDataset(split, count, start=start, size=size, supersample=supersample, device=device)
-        self.settings = {"split": split, "start": start}
+        self.pictures = ToyboxDataset(
+            split, count, start=start, size=size, supersample=supersample, device=device, version=version
+        )
+        self.settings = {"version": version, "split": split, "start": start}
         self.captions = captions
         self.path = Path(f"online-{split}-{start}-{count}")  # names these pictures, no folder
         self._block = lru_cache(maxsize=KEPT)(self._render)
@@ -63,4 +66,4 @@ class OnlineRenders:
         return stored_arrays(self.pictures.batch(rows))
 
     def _sample(self, row: int) -> Scene:
-        return sample_scene(self.pictures.split, self.pictures.start + row)
+        return sample_scene(self.pictures.split, self.pictures.start + row, version=self.pictures.version)

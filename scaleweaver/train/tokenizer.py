@@ -93,6 +93,10 @@ class TokenizerRecipe:
         )
         self.config = config
 
+    def networks(self) -> Iterable[nn.Module]:
+        """See `compiled.Compilable`."""
+        return [self.vae.encoder, self.vae.decoder]
+
     def parameter_groups(self) -> Iterable[dict[str, Any]]:
         return [{"params": [p for p in self.vae.parameters() if p.requires_grad]}]
 

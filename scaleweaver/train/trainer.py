@@ -6,30 +6,30 @@ is killed and started again from its last checkpoint writes the same loss curve 
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-import os
 import re
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from scaleweaver.train.batches import Batches
+from scaleweaver.train.checkpoints import State
+from scaleweaver.train.compiled import compile_networks, uncompiled
+from scaleweaver.train.curves import Curves
 from scaleweaver.train.optimizers import OPTIMIZERS, make_optimizer
 from scaleweaver.train.processes import anyone, average_gradients, check_setup, is_sharded, mean, prepare
-
-STATE_FILE = "state.pt"
+from scaleweaver.train.throughput import Pace, utilisation, write_summary
 
 
 class Options(dict[str, Any]):
@@ -70,6 +70,8 @@ class TrainConfig:
     optimizer: str = "adamw"  # "adamw_fused": one kernel a step; "adamw_8bit": a quarter of the state, bitsandbytes;
     # "muon": Muon on hidden matrices (optimizers.py)
     precision: str = "no"  # "bf16" and "fp16": autocast
+    compile: str = ""  # a backend of torch.compile for the networks: "inductor"
+    workers: int = 0  # processes that make batches ahead; 0: each is made when its step comes
     seed: int = 0
     log_every: int = 20
     validate_every: int = 500
@@ -149,32 +151,48 @@ def train(recipe: Recipe, config: TrainConfig) -> Path:
     groups = [{**g, "params": list(g["params"])} for g in recipe.parameter_groups()]
     trained = [p for g in groups for p in g["params"]]
     model, optimizer = prepare(accelerator, recipe, make_optimizer(groups, config), trained)
-    ema = EMAModel(trained, decay=config.ema, use_ema_warmup=True, power=0.75)
-    state = _State(recipe.model, optimizer, ema, accelerator.scaler)
+    on_cpu = accelerator.device.type == "cpu"
+    # foreach: a few kernels instead of three a weight
+    ema = EMAModel(trained, decay=config.ema, use_ema_warmup=True, power=0.75, foreach=not on_cpu)
+    state = State(recipe.model, optimizer, ema, accelerator.scaler)
     accelerator.wait_for_everyone()
     step = state.resume(out)
     ema.to(accelerator.device)  # a checkpoint's averages come back on the CPU
-    log = _Log(out, step) if main else None
+    compile_networks(recipe, config.compile)
+    batches, pace = Batches(recipe, config, step * config.accumulate, accelerator.device), Pace()
+    log = Curves(out, step) if main else None
     accelerator.init_trackers("tensorboard")
     deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
-    # all must take part where the weights are spread over processes
-    validates = main or is_sharded(accelerator)
-    with _progress(main) as progress:
+    # all must take part in a validation where the weights are spread over processes
+    takes_part = main or is_sharded(accelerator)
+    losses: list[torch.Tensor] = []  # of the steps that nobody has looked at
+    with _progress(main) as progress, closing(batches):
         task = progress.add_task(config.recipe, total=config.steps, completed=step, loss="")
         while step < config.steps:
-            started = time.monotonic()
-            metrics = _optimise(recipe, config, accelerator, model, optimizer, trained, step)
+            started, waited = time.monotonic(), batches.waited
+            metrics = _optimise(batches, config, accelerator, model, optimizer, trained, step)
             ema.step(trained)
+            losses.append(metrics["loss"])
             step += 1
-            metrics |= {"lr": config.lr_at(step - 1), "seconds": time.monotonic() - started}
-            progress.update(task, completed=step, loss=f"{metrics['loss']:.4f}")
             last = step == config.steps
-            if log and (step % config.log_every == 0 or last):
-                log.row(step, metrics)
-                accelerator.log(metrics, step=step)
-            if step % config.validate_every == 0 or last:
-                if validates:
-                    with _averaged(ema, trained, recipe.model):
+            stop = last or (config.minutes is not None and anyone(time.monotonic() >= deadline))
+            logs = last or step % config.log_every == 0
+            validates = last or step % config.validate_every == 0
+            saves = stop or step % config.checkpoint_every == 0
+            # to look at numbers is to wait for the GPU that computes them: not in every step
+            if on_cpu or logs or validates or saves:
+                _check(losses, step)
+                losses.clear()
+                values = mean({k: float(v) for k, v in metrics.items()})
+                progress.update(task, completed=step, loss=f"{values['loss']:.4f}")
+            pace.step(time.monotonic() - started, batches.waited - waited)
+            if log and logs:
+                values |= {"lr": config.lr_at(step - 1)} | pace.since_last()
+                log.row(step, values)
+                accelerator.log(values, step=step)
+            if validates:
+                if takes_part:
+                    with _averaged(ema, trained, recipe.model), uncompiled(config.compile):
                         values = {f"val_{k}": v for k, v in recipe.validate(out / "samples", step).items()}
                         if main:
                             recipe.save(out / "result")
@@ -182,12 +200,16 @@ def train(recipe: Recipe, config: TrainConfig) -> Path:
                     log.row(step, values)
                     accelerator.log(values, step=step)
                 accelerator.wait_for_everyone()
-            # one look at the clock for both, so that no run ends without its checkpoint
-            stop = last or (config.minutes is not None and anyone(time.monotonic() >= deadline))
-            if main and (step % config.checkpoint_every == 0 or stop):
+            if main and saves:
                 state.save(out, step, config.keep_checkpoints)
             if stop:
                 break
+    if main and pace.steps:
+        summary = pace.summary(config.batch * config.accumulate)
+        if not on_cpu and accelerator.num_processes == 1:
+            with uncompiled(config.compile):
+                summary |= utilisation(recipe, model, config, summary["seconds_per_step"], accelerator.device)
+        write_summary(out, summary)
     if main:
         with _averaged(ema, trained, recipe.model):
             recipe.save(out / "result")
@@ -197,15 +219,15 @@ def train(recipe: Recipe, config: TrainConfig) -> Path:
 
 
 def _optimise(
-    recipe: Recipe,
+    batches: Batches,
     config: TrainConfig,
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: Any,
     trained: list[nn.Parameter],
     step: int,
-) -> dict[str, float]:
-    """One optimiser step over `accumulate` batches; returns the metrics of the last."""
+) -> dict[str, Any]:
+    """One optimiser step over `accumulate` batches; returns the metrics of the last, as they lie on the device."""
     for group in optimizer.param_groups:
         group["lr"] = config.lr_at(step) * group.get("lr_scale", 1.0)
     for part in range(config.accumulate):
@@ -213,8 +235,7 @@ def _optimise(
         # the drop-out inside networks draws from the global generator: tie it to the step as everything else
         set_seed((config.seed * 1_000_003 + index) % 2**31)
         with accelerator.accumulate(model):
-            batch = send_to_device(recipe.batch(index, config.batch), accelerator.device)
-            loss, metrics = model(batch, config.seed * 1_000_003 + index)
+            loss, metrics = model(batches.take(), config.seed * 1_000_003 + index)
             if loss.requires_grad:  # a slice in which no row sees a control moves nothing
                 accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -222,68 +243,17 @@ def _optimise(
                 accelerator.clip_grad_norm_(trained, config.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    values = mean({"loss": float(loss.detach())} | {k: float(v) for k, v in metrics.items()})
-    if not math.isfinite(values["loss"]):
-        raise FloatingPointError(
-            f"the loss is {values['loss']} at step {step}; lower lr or clip and start again: the run resumes"
-        )
-    return values
+    return {"loss": loss.detach()} | dict(metrics)
 
 
-@dataclass(frozen=True)
-class _State:
-    """All that a run goes on from: what trains, its averages and the optimiser; frozen weights come from the model."""
-
-    model: nn.Module
-    optimizer: Any
-    ema: EMAModel
-    scaler: Any  # of fp16
-
-    def save(self, out: Path, step: int, keep: int) -> None:
-        """Written beside, then renamed: a kill while writing leaves the previous one whole."""
-        folder = out / "checkpoints" / f"{step:07d}"
-        partial = folder.with_suffix(".partial")
-        partial.mkdir(exist_ok=True)
-        parts = {"optimizer": self.optimizer.state_dict(), "average": self.ema.state_dict(), "model": self._weights()}
-        torch.save(parts | {"scaler": self.scaler.state_dict() if self.scaler else None}, partial / STATE_FILE)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-        for old in _checkpoints(out)[:-keep]:
-            shutil.rmtree(old)
-
-    def resume(self, out: Path) -> int:
-        """Reads the newest checkpoint; returns its step, 0 without one."""
-        found = _checkpoints(out)
-        if not found:
-            return 0
-        file = found[-1] / STATE_FILE
-        if not file.is_file():
-            raise ValueError(f"{found[-1]} holds no {STATE_FILE}, another version wrote it; remove it to start again")
-        parts = torch.load(file, map_location="cpu", weights_only=True)
-        own = self._weights()
-        here, there = ({(name, x.shape) for name, x in each.items()} for each in (own, parts["model"]))
-        if changed := sorted({name for name, _ in here ^ there}):
-            raise ValueError(
-                f"{file} holds other weights than this run trains ({changed[0]} and {len(changed) - 1} more); go on "
-                "with the settings it began with, or set out to another folder"
+def _check(losses: list[torch.Tensor], step: int) -> None:
+    """The losses of the steps before `step` must be numbers."""
+    values = mean({str(step - back): float(loss) for back, loss in zip(range(len(losses), 0, -1), losses, strict=True)})
+    for number, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss is {value} at step {number}; lower lr or clip and start again: the run resumes"
             )
-        with torch.no_grad():
-            for name, value in own.items():
-                value.copy_(parts["model"][name])
-        self.optimizer.load_state_dict(parts["optimizer"])
-        self.ema.load_state_dict(parts["average"])
-        if self.scaler and parts["scaler"]:
-            self.scaler.load_state_dict(parts["scaler"])
-        return int(found[-1].name)
-
-    def _weights(self) -> dict[str, torch.Tensor]:
-        """What changes in training: weights with a gradient, and buffers."""
-        learned = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        return learned | {name: buffer for name, buffer in self.model.named_buffers() if buffer is not None}
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    return sorted(p for p in (out / "checkpoints").iterdir() if p.name.isdigit())
 
 
 @contextmanager
@@ -299,23 +269,6 @@ def _averaged(ema: EMAModel, parameters: list[nn.Parameter], model: nn.Module) -
         ema.restore(parameters)
         for module in training:
             module.training = True
-
-
-class _Log:
-    """metrics.csv in long form (step, name, value); rows past the resumed step are cut off."""
-
-    def __init__(self, out: Path, step: int):
-        self.path = out / "metrics.csv"
-        rows: list[list[str]] = []
-        if self.path.exists():
-            with self.path.open(newline="") as f:
-                rows = [r for r in list(csv.reader(f))[1:] if len(r) == 3 and int(r[0]) <= step]
-        with self.path.open("w", newline="") as f:
-            csv.writer(f).writerows([["step", "name", "value"], *rows])
-
-    def row(self, step: int, metrics: Mapping[str, float]) -> None:
-        with self.path.open("a", newline="") as f:
-            csv.writer(f).writerows([step, name, f"{value:.6g}"] for name, value in metrics.items())
 
 
 def _progress(shown: bool) -> Progress:

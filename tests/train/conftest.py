@@ -41,7 +41,7 @@ def results(tmp_path_factory) -> Path:
         "control": pictures
         | {"kind": "canny", "model": str(folder / "backbone/result"), "latents": str(folder / "backbone/latents")}
         | {"adapter": {"lora_rank": 2}, "lr": 1e-2},
-        "judge": pictures | {"judge": {"widths": [8, 8, 16, 16, 16]}},
+        "judge": pictures | {"judge": {"widths": [8, 8, 16, 16, 16]}, "workers": 1},
     }
     for name, options in recipes.items():
         run(written(folder, TINY | {"recipe": name, "out": str(folder / name)} | options))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -20,9 +22,12 @@ from scaleweaver.toybox.scene import sample_scene
 from scaleweaver.toybox.store import cache_renders
 from scaleweaver.train import run
 from scaleweaver.train.backbone import BackboneRecipe
+from scaleweaver.train.batches import check_room
+from scaleweaver.train.checkpoints import newest_checkpoint
 from scaleweaver.train.control import ControlRecipe
 from scaleweaver.train.data import Renders, as_pixels, cached_latents, shuffled, to_images
 from scaleweaver.train.judge import JudgeRecipe
+from scaleweaver.train.throughput import read_summary
 from scaleweaver.train.tokenizer import TokenizerRecipe
 from scaleweaver.train.trainer import TrainConfig, train
 
@@ -57,6 +62,35 @@ def test_a_run_stopped_by_the_clock_leaves_a_checkpoint_and_goes_on(tmp_path, st
     train(Noisy(kill=0), config(tmp_path))  # finished: no batch is asked for
     assert (tmp_path / "metrics.csv").read_text() == before
     assert_same_run(tmp_path, straight)
+
+
+def test_batches_made_ahead_are_the_same(tmp_path, straight):
+    with pytest.raises(Kill):
+        train(Noisy(kill=9), config(tmp_path, workers=1))
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints/0000003"
+    train(Noisy(), config(tmp_path, workers=1))
+    assert_same_run(tmp_path, straight)
+    check_room({"x": torch.zeros(3)}, 1)
+    with pytest.raises(ValueError, match=r"1000000000000 workers keep .* MB of batches in .*; set workers to \d+, or"):
+        check_room({"x": torch.zeros(3)}, 10**12)
+
+
+def test_a_compiled_network_keeps_its_names(tmp_path, straight):
+    train(Noisy(), config(tmp_path, compile="eager", minutes=0))
+    assert weights(tmp_path).keys() == weights(straight).keys()
+    train(Noisy(), config(tmp_path))  # and goes on without
+    assert_same_run(tmp_path, straight)
+    with pytest.raises(ValueError, match=r"compile is 'inductr'; expected one of .*inductor"):
+        train(Noisy(), config(tmp_path / "other", compile="inductr"))
+
+
+def test_times_are_recorded(straight):
+    with (straight / "metrics.csv").open() as file:
+        rows = list(csv.reader(file))
+    times = {name: [float(row[2]) for row in rows if row[1] == name] for name in ("seconds", "data_seconds")}
+    assert len(times["seconds"]) == len(times["data_seconds"]) == 6
+    assert all(0 <= part < whole for part, whole in zip(times["data_seconds"], times["seconds"], strict=True))
+    assert re.fullmatch(r"[\d.]+ pictures/s, [\d.]+% of the time waiting for data", read_summary(straight))
 
 
 def test_checkpoints_kept_and_config_recorded(straight, tmp_path):
@@ -249,6 +283,17 @@ def test_captions_that_say_everything(results):
     assert 60 < sum(text != "x" for text in mixed) < 140
 
 
+def test_pictures_rendered_when_read_are_encoded_with_the_step(results, tmp_path):
+    values = json.loads((results / "backbone/config.json").read_text())
+    options = values.pop("options") | {"data": {"online": True, "split": "train", "count": 4, "size": 32}}
+    recipe = BackboneRecipe(TrainConfig.from_mapping(values | options | {"out": str(tmp_path)}))
+    batch = recipe.batch(0, 2)
+    assert batch["images"].shape == (2, 3, 32, 32) and "latent" not in batch
+    ahead = {**batch, "latent": recipe.vae.encode(batch["images"])}
+    with torch.no_grad():
+        assert torch.equal(recipe.model(batch, 3)[0], recipe.model(ahead, 3)[0])
+
+
 def test_judge_recipe(results):
     judge = AttributeJudge.from_pretrained(results / "judge/result/judge")
     assert judge.config["widths"] == [8, 8, 16, 16, 16]
@@ -274,6 +319,14 @@ def test_latents_are_computed_again_for_another_tokenizer(results, tmp_path):
     stamp = (tmp_path / "latents.npy").stat().st_mtime_ns
     cached_latents(tmp_path, vae, renders)
     assert (tmp_path / "latents.npy").stat().st_mtime_ns == stamp
+    # an interrupted call: the first row is noted as done, the second is not there yet
+    mark = json.loads((tmp_path / "latents.json").read_text())
+    (tmp_path / "latents.json").write_text(json.dumps(mark | {"rows": 1}))
+    np.lib.format.open_memmap(tmp_path / "latents.npy", mode="r+")[:] = 7
+    again = cached_latents(tmp_path, vae, renders)
+    assert (again[0] == 7).all() and np.array_equal(again[1], first[1])
+    assert json.loads((tmp_path / "latents.json").read_text()) == mark
     with torch.no_grad():
         vae.encoder.conv_out.bias.add_(1.0)
-    assert not np.array_equal(cached_latents(tmp_path, vae, renders), first)
+    other = cached_latents(tmp_path, vae, renders)
+    assert not (other == 7).any() and not np.array_equal(other, first)
