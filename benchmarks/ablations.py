@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from evaluate_toybox import split_at_marks
+from proof.documents import split_at_marks
 from torch.utils.flop_counter import FlopCounterMode
 
 from scaleweaver import Control, VARControlPipeline
@@ -38,9 +38,10 @@ from scaleweaver.evaluate.prompts import explicit_caption
 from scaleweaver.evaluate.report import machine
 from scaleweaver.toybox.dataset import draw_batch
 from scaleweaver.toybox.scene import attributes
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.control import ControlRecipe
 from scaleweaver.train.data import Pixels, fingerprint
-from scaleweaver.train.trainer import TrainConfig, train
+from scaleweaver.train.trainer import train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "toybox" / "ablation.yaml"
 RESULT = Path(__file__).parent / "results" / "ablations.json"

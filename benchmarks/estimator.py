@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluate_toybox import split_at_marks
+from proof.documents import split_at_marks
 
 from scaleweaver import VARControlPipeline
 from scaleweaver.controls.estimator import ToyboxEstimator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,13 @@ def test_the_adapters_say_how_their_maps_were_made():
         assert settings["kind"] == kind and settings["detector"] == detector and settings["resolution"] == 128
 
 
-def test_the_documents_show_what_was_measured_on_these_weights(pipe):
-    report = json.loads((ROOT / "benchmarks/results/toybox.json").read_text())
-    assert set(report["parts"]) == {"tokenizer", "bits", "control", "attributes", "speed"}
+def test_the_documents_show_what_was_measured_on_these_weights(pipe, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from proof.tables import documents
+
+    results = ROOT / "benchmarks" / "results"
+    report, earlier = (json.loads((results / f"{name}.json").read_text()) for name in ("toybox", "toybox-earlier"))
+    assert set(report["parts"]) >= {"tokenizer", "bits", "control", "attributes", "heldout", "size", "speed"}
     for name, digest in report["settings"]["weights"].items():
         network = pipe.controls[name] if name in pipe.controls else getattr(pipe, name)
         assert fingerprint(network) == digest, name
@@ -128,9 +133,19 @@ def test_the_documents_show_what_was_measured_on_these_weights(pipe):
         column = next(c for c in report["parts"]["control"][kind]["columns"] if row.get(c["name"]) is not None)
         card = (FOLDER / "controls" / kind / "README.md").read_text(encoding="utf-8")
         assert f"{row[column['name']]:.{column['digits']}f} ± " in card
-    tables = (ROOT / "benchmarks/results/toybox.md").read_text()
-    for document in (ROOT / "README.md", FOLDER / "README.md"):
-        assert tables in document.read_text(encoding="utf-8")
+    texts = documents(report, earlier)
+    assert (results / "toybox.md").read_text(encoding="utf-8") == texts["measured"]
+    assert f"\n{texts['measured'].rstrip()}\n" in (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert f"\n{texts['targets'].rstrip()}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_pictures_of_the_cards_are_there():
+    for card in (FOLDER / "README.md", *FOLDER.glob("controls/*/README.md")):
+        shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", card.read_text(encoding="utf-8"))
+        for link in shown:
+            file = card.parent / link
+            assert file.is_file() and FOLDER in file.resolve().parents, f"{card}: {link}"  # goes to the Hub with it
+            assert file.stat().st_size < 400_000
 
 
 def test_it_can_be_saved_in_any_precision(pipe, tmp_path):

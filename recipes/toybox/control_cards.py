@@ -2,32 +2,28 @@
 
 python recipes/toybox/control_cards.py --model scaleweaver/assets/toybox
 
-The numbers are read from what benchmarks/evaluate_toybox.py wrote; a control whose weights it did not measure is
-refused.
+Numbers and sheets are what benchmarks/evaluate_toybox.py wrote with --sheets FOLDER_OF_THE_MODEL; a control whose
+weights it did not measure is refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from scaleweaver import Control, VARControlPipeline
+from scaleweaver import VARControlPipeline
 from scaleweaver.adapters import trainable_parameters
-from scaleweaver.evaluate.examples import ToyboxExamples
 from scaleweaver.evaluate.report import markdown
 from scaleweaver.methods.scaleweaver import ScaleWeaverConfig
-from scaleweaver.train.data import Pixels, fingerprint, save_grid
+from scaleweaver.train.data import fingerprint
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "toybox.json"
 CARD = Path(__file__).parent / "control_card.md"
-SHOWN = 8  # pictures on a card's sheet, none chosen
+SHEET = "sheet.jpg"  # beside each card
 
 WHAT = {
     "canny": "Edges: what lies where, line by line.",
@@ -53,6 +49,7 @@ LIMITS = {
 def card(kind: str, config: ScaleWeaverConfig, parameters: int, report: Mapping[str, Any]) -> str:
     """README.md of one control."""
     settings, machine, part = report["settings"], report["machine"], report["parts"]["control"][kind]
+    half_way = part["half way"]
     blocks = config.inject_blocks or ()
     return Template(CARD.read_text(encoding="utf-8")).substitute(
         kind=kind,
@@ -60,7 +57,8 @@ def card(kind: str, config: ScaleWeaverConfig, parameters: int, report: Mapping[
         making=MAKING[kind],
         limits=LIMITS[kind],
         prompt=PERSON if kind == "pose" else "a large red rocket on grass at noon",
-        shown=SHOWN,
+        sheet=SHEET,
+        which="The first scenes of the test split" + (" with somebody in them" if kind == "pose" else ""),
         size=f"{parameters / 1e6:.2f}",
         rank=config.lora_rank,
         first=blocks[0],
@@ -71,37 +69,39 @@ def card(kind: str, config: ScaleWeaverConfig, parameters: int, report: Mapping[
         scenes=f"{settings['count']} scenes" + (", those with people" if kind == "pose" else ""),
         meter=part["meter"],
         table=markdown(part),
+        half="-" if half_way["share"] is None else f"{half_way['share']:.2f}",
+        blazepose=blazepose(report) if kind == "pose" else "",
         command=report["commands"]["control"],
         machine=f"{settings['processor']}, {machine['cores']} cores, torch {machine['versions']['torch']}",
     )
 
 
-def sheet(pipe: VARControlPipeline, kind: str, path: Path) -> None:
-    """The first scenes of the test split that have such a map: map, picture, reference."""
-    examples = list(ToyboxExamples("test", [kind], size=128, people=kind == "pose").read(range(SHOWN)))
-    maps = [np.asarray(example.maps[kind]) for example in examples]
-    prompts = [example.prompt for example in examples]
-    images = pipe(prompts, control=Control(kind, maps), seed=list(range(len(prompts))), output_type="np").images
-    drawn: Pixels = (images * 255).round().astype(np.uint8)
-    rows = np.stack([np.concatenate([m, d, e.reference]) for m, d, e in zip(maps, drawn, examples, strict=True)])
-    save_grid(path, rows, columns=SHOWN)
-    # a card is read in a browser: 256 colours are enough
-    Image.open(path).quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+def blazepose(report: Mapping[str, Any]) -> str:
+    """What a network that knows nothing of this world finds of the poses, where it was asked."""
+    part = report["parts"].get("blazepose")
+    if part is None:
+        return ""
+    return f"""
+By {part["meter"]}, which was trained on photos and cannot tell front from back where there is no face; "either side"
+counts left and right as they fit better:
+
+{markdown(part)}
+"""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--results", type=Path, default=RESULT)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     report = json.loads(options.results.read_text(encoding="utf-8"))
     pipe = VARControlPipeline.from_pretrained(options.model)
-    pipe.set_progress_bar_config(disable=True)
     for kind, adapter in pipe.controls.items():
         if report["settings"]["weights"].get(kind) != fingerprint(adapter):
             raise ValueError(f"{options.results} holds no numbers of these weights of {kind}; run evaluate_toybox.py")
         folder = options.model / "controls" / kind
-        sheet(pipe, kind, folder / "sheet.png")
+        if not (folder / SHEET).is_file():
+            raise ValueError(f"{folder} has no {SHEET}; run evaluate_toybox.py with --sheets {options.model}")
         parameters = sum(p.numel() for p in trainable_parameters(pipe.transformer, adapter, kind).values())
         text = card(kind, adapter.config, parameters, report)
         (folder / "README.md").write_text(text, encoding="utf-8")

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
+import evaluate_toybox as script
 import pytest
 import torch
+from PIL import Image
+from proof.evaluation import Evaluation
+from proof.sheets import LARGEST, save
 from tiny_pipeline import tiny_pipeline
 
 from scaleweaver.controls.estimator import ToyboxEstimator
 from scaleweaver.evaluate.attributes import AttributeJudge
 
+ROOT = Path(__file__).parents[2]
 POSES = "pose (3 scenes with people)"  # of the five
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evaluate_toybox.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("evaluate_toybox", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+FEW_POSES = "pose (2 scenes with people)"  # of the first four
+MEASURED = "tokenizer,bits,control,attributes,heldout,size,speed"
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +37,25 @@ def folder(tmp_path_factory) -> Path:
 
 def arguments(folder: Path, *more: str) -> list[str]:
     fixed = ["--model", str(folder / "model"), "--out", str(folder / "results/toybox.json"), "--batch", "2"]
-    return [*fixed, "--count", "5", "--judge", str(folder / "judge"), "--estimator", str(folder / "estimator"), *more]
+    fixed += ["--count", "5", "--side-count", "4", "--parts", MEASURED, "--earlier", str(folder / "none.json")]
+    return [*fixed, "--judge", str(folder / "judge"), "--estimator", str(folder / "estimator"), *more]
 
 
 @pytest.mark.filterwarnings("ignore:the prompt has")
-def test_all_parts_are_measured_written_and_kept(script, folder, capsys):
-    script.main(arguments(folder, "--sheets", str(folder / "sheets")))
+def test_all_parts_are_measured_written_and_kept(folder, capsys):
+    script.main(arguments(folder))
     report = json.loads((folder / "results/toybox.json").read_text())
     parts = report["parts"]
-    assert list(parts) == ["tokenizer", "bits", "control", "attributes", "speed"]
-    assert list(parts["bits"]) == ["caption", "empty prompt", "caption and canny", f"caption and {POSES}"]
-    assert {len(values) for values in parts["bits"].values()} == {4}
-    assert all(0 <= value <= 1 for values in parts["bits"].values() for value in values)
+    assert ",".join(parts) == MEASURED
+    assert list(parts["bits"]) == [
+        "caption",
+        "empty prompt",
+        "caption and canny",
+        f"caption and {FEW_POSES}",
+        "pictures",
+    ]
+    shares = [values for values in parts["bits"].values() if isinstance(values, list)]
+    assert all(len(values) == 4 and 0 <= min(values) <= max(values) <= 1 for values in shares)
     assert list(parts["control"]) == ["canny", "pose"]
     for part in parts["control"].values():
         assert part["strength 0 equals no control"] is True
@@ -61,17 +67,28 @@ def test_all_parts_are_measured_written_and_kept(script, folder, capsys):
     assert canny["without control"] != canny["strength 1.0"] != canny["strength 0.5"]  # the random control does act
     assert canny["reconstructed reference"]["f1"] == pytest.approx(parts["tokenizer"]["f1"])
     assert canny["meter on true renders"]["f1"] == 1.0
-    assert {row["pictures"] for row in canny.values()} == {5} and {row["pictures"] for row in pose.values()} == {3}
+    fewer = {"strength 0.5", "map of another scene"}
+    assert {name for name, row in canny.items() if row["pictures"] == 4} == fewer
+    assert {row["pictures"] for name, row in pose.items() if name not in fewer} == {3}
+    half = parts["control"]["canny"]["half way"]
+    assert half["pictures"] == 4
+    whole = half["from 0"][0] + half["to 1"][0]
+    assert half["from 0"][0] == pytest.approx(half["share"] * whole)
     assert list(parts["attributes"]) == [
         "true renders", "tokenizer reconstructions", "prompt alone", "prompt and canny", f"prompt and {POSES}",
         "other prompts", "judge",
     ]  # fmt: skip
+    assert parts["attributes"]["true renders"].keys() >= {"pictures", "kind", "kind_error", "all five"}
+    facts = parts["heldout"]["attributes"]
+    assert {row["pictures"] for row in facts.values()} == {5} and facts["true renders, held out"]["kind"] <= 1
+    assert parts["heldout"]["control"]["kind"] == "canny"
+    assert 0 <= parts["heldout"]["control"]["held out"][0] <= 1
+    assert parts["size"]["together"] == pytest.approx(sum(list(parts["size"].values())[:3]))
     assert parts["speed"]["prompt"]["seconds"] >= parts["speed"]["prompt"]["fastest"] > 0
     text = (folder / "results/toybox.md").read_text()
-    assert "| strength 0.5 | 5 |" in text and "| prompt and canny |" in text and "PCK@0.1" in text
+    assert "| strength 0.5 | 4 |" in text and "| prompt and canny |" in text and "PCK@0.1" in text
+    assert "| true renders: difference | |" in text and "| weights of all that ships, MB | under 40 |" in text
     assert text in capsys.readouterr().out
-    sheets = {path.name for path in (folder / "sheets").iterdir()}
-    assert sheets == {"reconstructions.png", "prompts.png", "prompts.txt", "canny.png", "pose.png"}
 
     # a second call measures what is asked again and nothing else
     script.main(arguments(folder, "--parts", "tokenizer,speed", "--again"))
@@ -97,41 +114,94 @@ def test_all_parts_are_measured_written_and_kept(script, folder, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:the prompt has")
-def test_pictures_do_not_depend_on_the_batch(script, folder):
-    def drawn(batch: str) -> torch.Tensor:
-        options = script.read_arguments(arguments(folder, "--parts", "control", "--batch", batch))
-        return torch.from_numpy(script.Evaluation(options).drawn("canny", 1.0))
+def test_pictures_depend_neither_on_the_batch_nor_on_workers(folder):
+    def drawn(*more: str) -> torch.Tensor:
+        run = Evaluation(script.read_arguments(arguments(folder, *more)))
+        try:
+            return torch.from_numpy(run.drawn("canny", 1.0))
+        finally:
+            run.painter.close()
 
-    assert torch.equal(drawn("1"), drawn("3"))
+    one = drawn("--batch", "1")
+    assert torch.equal(one, drawn("--batch", "3"))
+    assert torch.equal(one, drawn("--batch", "5", "--workers", "2"))  # one batch: a second worker would not start
 
 
 @pytest.mark.filterwarnings("ignore:the prompt has")
-def test_tables_go_into_documents(script, folder, tmp_path, capsys):
-    document = tmp_path / "README.md"
-    document.write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
-    more = ["--parts", "tokenizer", "--into", str(document), "--out", str(tmp_path / "report.json")]
+def test_sheets_and_cards(folder, tmp_path, monkeypatch):
+    model, out = tmp_path / "model", tmp_path / "report.json"
+    shutil.copytree(folder / "model", model)
+    card, readme = model / "README.md", tmp_path / "README.md"
+    places = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("targets", "pictures"))
+    card.write_text(f"before\n{places}<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
+    readme.write_text(places)
+    more = ["--model", str(model), "--out", str(out), "--parts", "control", "--sheets", str(model)]
     for _ in range(2):
-        script.main(arguments(folder, *more))
-        table = (tmp_path / "report.md").read_text()
-        assert document.read_text() == f"before\n<!-- measured -->\n{table}\n<!-- /measured -->\nafter\n"
-    document.write_text("no place")
-    with pytest.raises(SystemExit):
-        script.main(arguments(folder, *more))
-    assert "no place for the tables" in capsys.readouterr().err and document.read_text() == "no place"
+        script.main(arguments(folder, *more, "--into", str(card), "--into", str(readme)))
+    text = card.read_text()
+    table = out.with_suffix(".md").read_text()
+    assert table.rstrip() in text and text.startswith("before\n") and text.endswith("<!-- /measured -->\nafter\n")
+    assert "old" not in text and text.count("| wanted | measured | reached |") == 2
+    names = {"prompts.jpg", "prompts.txt", "strengths.jpg", "failures.jpg", "reconstructions.jpg"}
+    assert {path.name for path in (model / "images").iterdir()} == names
+    assert "](images/prompts.jpg)" in text and "[canny](controls/canny/sheet.jpg)" in text
+    assert "](model/images/failures.jpg)" in readme.read_text() and "old" not in readme.read_text()
+    # two scenes with people among the first four: two strips of four tiles of pose, four of canny
+    assert Image.open(model / "images/prompts.jpg").width == 5 * 132 - 4
+    assert Image.open(model / "controls/pose/sheet.jpg").size == (3 * 132 - 4, 256)
+
+    cards = load(ROOT / "recipes/toybox/control_cards.py")
+    monkeypatch.setattr(cards, "CARD", ROOT / "recipes/toybox/control_card.md")
+    cards.main(["--model", str(model), "--results", str(out)])
+    row = json.loads(out.read_text())["parts"]["control"]["canny"]["rows"]["strength 1.0"]
+    written = (model / "controls/canny/README.md").read_text()
+    assert f"{row['f1_1px']:.3f} ± {row['f1_1px_error']:.3f}" in written and "](sheet.jpg)" in written
+    (model / "controls/pose/sheet.jpg").unlink()
+    with pytest.raises(ValueError, match=r"has no sheet\.jpg; run evaluate_toybox\.py with --sheets"):
+        cards.main(["--model", str(model), "--results", str(out)])
 
 
-def test_bad_arguments(script, folder, capsys):
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_sheet_stays_small(tmp_path):
+    noise = torch.randint(0, 256, (640, 640, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    path = save(tmp_path / "sheet.jpg", Image.fromarray(noise.numpy()))
+    assert path.stat().st_size <= LARGEST
+
+
+@pytest.mark.filterwarnings("ignore:the prompt has")
+def test_blazepose_without_its_weights_is_not_measured(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SCALEWEAVER_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    script.main(arguments(folder, "--parts", "tokenizer,blazepose", "--out", str(tmp_path / "report.json")))
+    assert list(json.loads((tmp_path / "report.json").read_text())["parts"]) == ["tokenizer"]
+    shown = capsys.readouterr()
+    assert "blazepose: not measured: BlazePose" in shown.err
+    assert "| pose: PCK@0.1 by BlazePose | as a check | not measured | - | not measured |" in shown.out
+
+
+def test_bad_arguments(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.main(arguments(folder, "--parts", "magic"))
     assert "unknown parts magic" in capsys.readouterr().err
     with pytest.raises(ValueError, match="has no control depth, it has canny, pose"):
         script.main(arguments(folder, "--parts", "tokenizer", "--controls", "canny,depth"))
+    document = tmp_path / "README.md"
+    document.write_text("no place")
+    with pytest.raises(SystemExit):
+        script.main(arguments(folder, "--into", str(document)))
+    assert "no place for the tables" in capsys.readouterr().err and document.read_text() == "no place"
 
 
 @pytest.mark.filterwarnings("ignore:the prompt has")
-def test_a_model_without_controls(script, folder, tmp_path):
-    more = ["--parts", "bits,control,attributes,speed", "--controls", "", "--out", str(tmp_path / "report.json")]
-    script.main(arguments(folder, *more))
+def test_a_model_without_controls(folder, tmp_path):
+    script.main(arguments(folder, "--controls", "", "--out", str(tmp_path / "report.json")))
     parts = json.loads((tmp_path / "report.json").read_text())["parts"]
-    assert parts["control"] == {} and list(parts["bits"]) == ["caption", "empty prompt"]
+    assert parts["control"] == {} and list(parts["bits"]) == ["caption", "empty prompt", "pictures"]
     assert "prompt" in parts["speed"] and "prompt and canny" not in parts["speed"]
+    assert "control" not in parts["heldout"]
