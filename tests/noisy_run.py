@@ -11,7 +11,7 @@ import torch
 from tiny_runs import curve
 from torch import Tensor, nn
 
-from scaleweaver.train.trainer import TrainConfig
+from scaleweaver.train.config import TrainConfig
 
 
 class Kill(Exception):

@@ -14,9 +14,10 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.control import ControlRecipe
 from scaleweaver.train.processes import check_setup
-from scaleweaver.train.trainer import TrainConfig, train
+from scaleweaver.train.trainer import train
 
 
 def main(values: dict[str, Any], port: str) -> None:

@@ -6,9 +6,12 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import yaml
 
 SCHEDULE = {"grids": [[1, 1], [2, 2]], "position_grid": [2, 2], "stride": 16}  # pictures of 32 x 32
+NEEDS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 TINY = {"steps": 2, "batch": 2, "lr": 1e-3, "warmup": 1, "log_every": 1, "validate_every": 2, "checkpoint_every": 1}
 
 

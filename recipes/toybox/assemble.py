@@ -1,4 +1,4 @@
-"""Puts the results of the recipes together as the built-in model: bf16 safetensors in the Hub layout.
+"""The command line of `scaleweaver.train.assembly`: a trained model put together as it ships, without a run of stages.
 
 python recipes/toybox/assemble.py --model runs/toybox/controls/result --control-guidance-scale 4 --temperature 0.5 \
     --out scaleweaver/assets/toybox
@@ -16,7 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a whole pipeline, with controls or without")
     parser.add_argument("--control", type=Path, action="append", default=[], help="a control trained on its own")
-    parser.add_argument("--out", type=Path, required=True, help="a model card that lies there is kept")
+    parser.add_argument("--out", type=Path, required=True, help="cards and pictures that lie there are kept")
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--control-guidance-scale", type=float)
     parser.add_argument("--temperature", type=float)

@@ -7,7 +7,6 @@ transformer's, and a transformer token carries the d * p * p bits of its p x p p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scaleweaver.kernels.bit_sampling import unit_codes, unpack_codes
 from scaleweaver.schedule import ScaleSchedule, ScaleStep
 
 
@@ -27,6 +27,16 @@ class ScaleCode:
     residual: Tensor  # (B, d, ph, pw) area-resized rest that this scale had to describe
     bits: Tensor  # (B, ph, pw, d) uint8, the signs of that rest
     latent: Tensor  # (B, d, Hl, Wl) sum of all codes up to this scale
+
+
+@dataclass(frozen=True)
+class TeacherForcing:
+    """What the transformer reads at all scales of a picture, and what it should say."""
+
+    inputs: Tensor  # (B, L - n_0, D) of all scales but the first
+    labels: Tensor  # (B, L, D) uint8
+    magnitudes: Tensor  # (B, L, D) |rest| that each bit stands for
+    latent: Tensor  # (B, d, Hl, Wl) sum of all codes
 
 
 @dataclass(frozen=True)
@@ -57,17 +67,13 @@ class ResidualTarget:
 
     def unpack(self, bits: Tensor, step: ScaleStep) -> Tensor:
         """Transformer layout (B, n, D) -> tokenizer layout (B, ph, pw, d)."""
-        if bits.shape[1:] != (step.n, self.width):
-            raise ValueError(
-                f"bits of shape {tuple(bits.shape)} at a {step.h}x{step.w} scale: expected "
-                f"(B, {step.n}, {self.width}), one row per transformer token; pack() tokenizer bits first"
-            )
+        self._check_bits(bits, step)
         x = bits.transpose(1, 2).unflatten(2, (step.h, step.w))  # (B, D, h, w)
         return F.pixel_shuffle(x, self.patch).permute(0, 2, 3, 1)  # (B, ph, pw, d)
 
     def codes(self, bits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Bits (..., d) -> +-1/sqrt(d), unit vectors along the last axis."""
-        return (bits.to(dtype) * 2 - 1) / math.sqrt(self.bits)
+        return unit_codes(bits, self.bits, dtype)
 
     def initial(
         self,
@@ -81,7 +87,9 @@ class ResidualTarget:
 
     def absorb(self, latent_sum: Tensor, bits: Tensor, step: ScaleStep) -> Tensor:
         """Running latent (B, d, Hl, Wl) plus the codes of transformer-layout bits (B, n, D)."""
-        return self._add(latent_sum, self.unpack(bits, step), step)
+        self._check_bits(bits, step)
+        codes = unpack_codes(bits, (step.h, step.w), self.patch, latent_sum.dtype)  # (B, d, ph, pw)
+        return self._lift(latent_sum, codes, step)
 
     def next_input(self, latent_sum: Tensor, step: ScaleStep) -> Tensor:
         """What the transformer reads at `step`: the running latent sampled down to its grid, (B, n, D)."""
@@ -107,7 +115,8 @@ class ResidualTarget:
 
     def labels(self, latent: Tensor, schedule: ScaleSchedule) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher forcing: inputs (B, L - n_0, D) of all scales but the first, labels (B, L, D), final latent."""
-        return self._teacher_forcing(latent, schedule, ())
+        forced = self.teacher_forcing(latent, schedule)
+        return forced.inputs, forced.labels, forced.latent
 
     def self_correct(
         self,
@@ -123,14 +132,12 @@ class ResidualTarget:
         Each of the first `layers` scales draws one flip probability from 0, .01, ..., strength for the whole batch.
         Returns inputs (B, L - n_0, D), labels (B, L, D), flip masks (B, ph, pw, d); given `flips` are used as they are.
         """
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength {strength} is no probability; pass a value from 0 to 1")
         if flips is None:
             device = generator.device if generator is not None else latent.device
             flips = self.draw_flips(latent.shape[0], schedule, strength, layers, generator, device)
         masks = [mask.to(latent.device) for mask in flips]  # (B, ph, pw, d)
-        inputs, labels, _ = self._teacher_forcing(latent, schedule, masks)
-        return inputs, labels, masks
+        forced = self.teacher_forcing(latent, schedule, masks)
+        return forced.inputs, forced.labels, masks
 
     def draw_flips(
         self,
@@ -142,6 +149,8 @@ class ResidualTarget:
         device: torch.device | None = None,
     ) -> list[Tensor]:
         """Flip masks (B, ph, pw, d) as `self_correct` draws them for a batch of so many rows."""
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength {strength} is no probability; pass a value from 0 to 1")
         masks = []
         for step in schedule.steps[: max(layers, 0)]:
             percent = torch.randint(0, int(100 * strength) + 1, (), generator=generator, device=device)
@@ -149,23 +158,27 @@ class ResidualTarget:
             masks.append(noise < percent / 100)  # (B, ph, pw, d)
         return masks
 
-    def _teacher_forcing(
-        self, latent: Tensor, schedule: ScaleSchedule, flips: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def teacher_forcing(self, latent: Tensor, schedule: ScaleSchedule, flips: Sequence[Tensor] = ()) -> TeacherForcing:
+        """All that one pass of `quantize` gives for training."""
         scales = list(self.quantize(latent, schedule, flips))
         labels = torch.cat([self.pack(scale.bits) for scale in scales], dim=1)  # (B, L, D)
+        rests = torch.cat([self.pack(scale.residual.abs().permute(0, 2, 3, 1)) for scale in scales], dim=1)
         inputs = [self.next_input(a.latent, b.step) for a, b in pairwise(scales)]
         empty = latent.new_zeros(latent.shape[0], 0, self.width)  # a one-scale schedule has no inputs
-        return torch.cat([empty, *inputs], dim=1), labels, scales[-1].latent
-
-    def magnitudes(self, latent: Tensor, schedule: ScaleSchedule, flips: Sequence[Tensor] = ()) -> Tensor:
-        """How much rest each bit of `self_correct` with these flips stands for, |rest| (B, L, D)."""
-        scales = self.quantize(latent, schedule, flips)
-        return torch.cat([self.pack(scale.residual.abs().permute(0, 2, 3, 1)) for scale in scales], dim=1)
+        return TeacherForcing(torch.cat([empty, *inputs], dim=1), labels, rests, scales[-1].latent)
 
     def _add(self, latent_sum: Tensor, bits: Tensor, step: ScaleStep) -> Tensor:
-        codes = self.codes(bits, latent_sum.dtype).permute(0, 3, 1, 2)  # (B, d, ph, pw)
+        return self._lift(latent_sum, self.codes(bits, latent_sum.dtype).permute(0, 3, 1, 2), step)
+
+    def _lift(self, latent_sum: Tensor, codes: Tensor, step: ScaleStep) -> Tensor:
         return latent_sum + (codes if step.is_last else _bilinear(codes, latent_sum.shape[-2:]))
+
+    def _check_bits(self, bits: Tensor, step: ScaleStep) -> None:
+        if bits.shape[1:] != (step.n, self.width):
+            raise ValueError(
+                f"bits of shape {tuple(bits.shape)} at a {step.h}x{step.w} scale: expected "
+                f"(B, {step.n}, {self.width}), one row per transformer token; pack() tokenizer bits first"
+            )
 
     def check_latent(self, latent: Tensor, schedule: ScaleSchedule) -> None:
         """The latent must lie on the schedule's final grid."""

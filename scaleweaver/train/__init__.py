@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scaleweaver.train.trainer import Recipe, TrainConfig
+    from scaleweaver.train.config import TrainConfig
+    from scaleweaver.train.trainer import Recipe
 
 
 def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Path:
@@ -28,27 +29,25 @@ def make_recipe(config: TrainConfig) -> Recipe:
     from scaleweaver.train.processes import check_setup
 
     check_setup(config.recipe)  # before pictures are rendered
-    if config.recipe == "tokenizer":
-        from scaleweaver.train.tokenizer import TokenizerRecipe
+    made: Recipe = recipe_class(config.recipe)(config)
+    return made
 
-        return TokenizerRecipe(config)
-    if config.recipe == "backbone":
-        from scaleweaver.train.backbone import BackboneRecipe
 
-        return BackboneRecipe(config)
-    if config.recipe == "control":
-        from scaleweaver.train.control import ControlRecipe
+def recipe_class(name: str) -> Any:
+    """The class of a recipe: made from a config, its `option_names` are the settings that it reads."""
+    from scaleweaver.train.backbone import BackboneRecipe
+    from scaleweaver.train.control import ControlRecipe
+    from scaleweaver.train.estimator import EstimatorRecipe
+    from scaleweaver.train.judge import JudgeRecipe
+    from scaleweaver.train.tokenizer import TokenizerRecipe
 
-        return ControlRecipe(config)
-    if config.recipe == "judge":
-        from scaleweaver.train.judge import JudgeRecipe
-
-        return JudgeRecipe(config)
-    if config.recipe == "estimator":
-        from scaleweaver.train.estimator import EstimatorRecipe
-
-        return EstimatorRecipe(config)
-    raise ValueError(f'recipe "{config.recipe}" is unknown; expected tokenizer, backbone, control, judge or estimator')
+    recipes = {
+        "tokenizer": TokenizerRecipe, "backbone": BackboneRecipe, "control": ControlRecipe, "judge": JudgeRecipe,
+        "estimator": EstimatorRecipe,
+    }  # fmt: skip
+    if name not in recipes:
+        raise ValueError(f'recipe "{name}" is unknown; expected {", ".join(recipes)}')
+    return recipes[name]
 
 
 def read_config(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
@@ -57,7 +56,7 @@ def read_config(recipe: str | Path, overrides: Mapping[str, Any] | None = None) 
     ``overrides`` replace values of the file (`scaleweaver train FILE --set key=value`); a key with dots reaches into
     a nested setting. Raises ValueError for a missing file and one that holds no settings.
     """
-    from scaleweaver.train.trainer import TrainConfig
+    from scaleweaver.train.config import TrainConfig
 
     return TrainConfig.from_mapping(changed(read_settings(recipe), overrides or {}))
 

@@ -9,6 +9,7 @@ Differs from the paper: the text encoder is trained along, since no pretrained o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from scaleweaver.cache import KVCache
 from scaleweaver.contracts import TextFeatures
 from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.tokenizers.bsq import BSQTokenizer
-from scaleweaver.train.data import Renders, as_images, as_latents, as_pixels, latent_reader, save_grid
+from scaleweaver.train.config import TrainConfig
+from scaleweaver.train.data import Renders, as_images, as_latents, as_pixels, fingerprint, latent_reader, save_grid
 from scaleweaver.train.losses import bit_loss
-from scaleweaver.train.trainer import TrainConfig
 from scaleweaver.train.vocabulary import train_vocabulary
 
 
@@ -54,13 +55,14 @@ class BackboneLoss(nn.Module):
         with torch.no_grad():
             latent = batch["latent"] if "latent" in batch else self.encode(batch["images"])
             noise = torch.Generator(latent.device).manual_seed(seed)
-            inputs, labels, flips = self.target.self_correct(
-                latent, self.schedule, self.strength, self.corrected_scales, noise
+            flips = self.target.draw_flips(
+                len(latent), self.schedule, self.strength, self.corrected_scales, noise, latent.device
             )
-            magnitudes = self.target.magnitudes(latent, self.schedule, flips) if self.by_magnitude else None
+            forced = self.target.teacher_forcing(latent, self.schedule, flips)
         context = self.transformer.encode_text(text)
-        logits = self.transformer(inputs, self.schedule.steps, context, KVCache())
-        loss, _, accuracy = bit_loss(logits, labels, self.schedule, magnitudes=magnitudes)
+        logits = self.transformer(forced.inputs, self.schedule.steps, context, KVCache())
+        magnitudes = forced.magnitudes if self.by_magnitude else None
+        loss, _, accuracy = bit_loss(logits, forced.labels, self.schedule, magnitudes=magnitudes)
         metrics = {f"accuracy_{i}": a.detach() for i, a in enumerate(accuracy)}
         return loss, metrics
 
@@ -159,6 +161,11 @@ class BackboneRecipe:
                 f"start_from: {folder} was trained on {pipe.vae.target}, the tokenizer {self.config.options['vae']} "
                 f"has {self.vae.target}; train on the tokenizer it knows"
             )
+        if _encoder_print(pipe.vae) != _encoder_print(self.vae):
+            raise ValueError(
+                f"start_from: {folder} was trained on codes of another encoder than that of the tokenizer "
+                f"{self.config.options['vae']}; train on the tokenizer it knows (its decoder may be another)"
+            )
         self.tokenizer = pipe.tokenizer
         self.text_encoder = pipe.text_encoder.float().train().requires_grad_(True)
         self.transformer = pipe.transformer.float().train().requires_grad_(True)
@@ -173,7 +180,8 @@ class BackboneRecipe:
         for row in rows:
             wordings = self.renders.captions(row)
             texts.append("" if rng.random() < self.empty_prompts else wordings[rng.integers(len(wordings))])
-        texts = self.renders.told_in_full(rows, texts, self.explicit, np.random.default_rng((self.seed, index, 1)))
+        full = np.random.default_rng((self.seed, index, 1)).random(size) < self.explicit
+        texts = self.renders.told_in_full(rows, texts, full.tolist())
         drop = torch.from_numpy(rng.random(size) < self.text_dropout)
         # pictures that are rendered when read are encoded where the step runs
         pictures = as_images(self.renders, rows) if self.renders.online else as_latents(self.latents(rows))
@@ -227,6 +235,11 @@ class BackboneRecipe:
 
     def save(self, folder: Path) -> None:
         self.pipeline().save_pretrained(folder)
+
+
+def _encoder_print(vae: BSQTokenizer) -> str:
+    """Of the weights that make the codes, in the number format that models ship in."""
+    return fingerprint(deepcopy(vae.encoder).to(torch.bfloat16))
 
 
 def _vocabulary(out: Path, renders: Renders, size: int) -> PreTrainedTokenizerFast:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 if TYPE_CHECKING:
-    from scaleweaver.train.trainer import Recipe, TrainConfig
+    from scaleweaver.train.config import TrainConfig
+    from scaleweaver.train.trainer import Recipe
 
 AHEAD = 2  # batches that each background process keeps ready
 _SHARED = Path("/dev/shm")  # through which processes of Linux hand each other tensors

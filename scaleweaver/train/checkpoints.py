@@ -22,6 +22,7 @@ class State:
 
     model: nn.Module
     optimizer: Any
+    optimizer_name: str  # as the settings name it
     ema: EMAModel
     scaler: Any  # of fp16
 
@@ -31,6 +32,7 @@ class State:
         partial = folder.with_suffix(".partial")
         partial.mkdir(exist_ok=True)
         parts = {"optimizer": self.optimizer.state_dict(), "average": self.ema.state_dict(), "model": self._weights()}
+        parts["optimizer_name"] = self.optimizer_name
         torch.save(parts | {"scaler": self.scaler.state_dict() if self.scaler else None}, partial / STATE_FILE)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
@@ -52,6 +54,12 @@ class State:
             raise ValueError(
                 f"{file} holds other weights than this run trains ({changed[0]} and {len(changed) - 1} more); go on "
                 "with the settings it began with, or set out to another folder"
+            )
+        before = parts.get("optimizer_name", self.optimizer_name)
+        if parts["optimizer"] is not None and before != self.optimizer_name:
+            raise ValueError(
+                f"{file} was written with {before}, this run uses {self.optimizer_name}; set optimizer back, or begin "
+                "another out with start_from"
             )
         with torch.no_grad():
             for name, value in own.items():

@@ -31,6 +31,7 @@ from scaleweaver.pipeline import VARControlPipeline, VARPipelineOutput
 from scaleweaver.precision import read_dtype
 from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.train.backbone import decay_groups
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.control_loss import ControlLoss
 from scaleweaver.train.data import (
     CachedText,
@@ -42,13 +43,13 @@ from scaleweaver.train.data import (
     cached_text,
     latent_reader,
     save_grid,
+    stores_of,
     to_images,
 )
 from scaleweaver.train.maps import exact_map, varied_map
 from scaleweaver.train.photo_setup import PHOTO_OPTIONS, encoded_texts, open_photos, photo_folder, with_records
 from scaleweaver.train.photos import Photos, photo_latents
 from scaleweaver.train.processes import Share
-from scaleweaver.train.trainer import TrainConfig
 
 Maps = Mapping[str, Mapping[int, Pixels]]  # control -> position in the batch -> map (H, W, 3)
 _UNSEEN: Pixels = np.empty((0, 0, 3), np.uint8)  # stands for the map of a row that another process works on
@@ -57,13 +58,14 @@ _NOBODY = -1  # position of a map that only keeps processes with sharded weights
 
 class ControlRecipe:
     """Options: data, val_data, model (pipeline folder), latents (cache folder), strength, by_magnitude (`bit_loss`
-    weighs bits by the rest that they stand for), explicit_captions (share of renders whose caption says everything, 0
-    by default; where captions are not kept), text_dropout, control_dropout, z_lr_scale, text_cache (keep the features
-    of all captions beside the latents, on by default where the pictures are in stores: it pays where a run reads the
-    captions several times), backbone_lr_scale (0, the default: the backbone is frozen and the result is the controls;
-    above 0 backbone and text encoder learn at this multiple of the learning rate and the result is a whole pipeline),
-    dtype (number format of what is frozen; what learns is float32), gradient_checkpointing (both streams are run again
-    in the backward pass instead of kept), val_rows and val_pictures (held-out pictures for the losses and the sheet).
+    weighs bits by the rest that they stand for; in one process), explicit_captions (share of renders whose caption
+    says everything, 0 by default; with text_cache=false), text_dropout, control_dropout, z_lr_scale, text_cache (keep
+    the features of all captions beside the latents, on by default where the pictures are in stores: it pays where a run
+    reads the captions several times), backbone_lr_scale (0, the default: the backbone is frozen and the result is the
+    controls; above 0 backbone and text encoder learn at this multiple of the learning rate and the result is a whole
+    pipeline), dtype (number format of what is frozen; what learns is float32), gradient_checkpointing (both streams are
+    run again in the backward pass instead of kept), val_rows and val_pictures (held-out pictures for the losses and
+    the sheet).
 
     Which controls: kind, name and adapter (ScaleWeaverConfig fields) for one, or controls, a mapping from names to
     such fields (kind is the name unless given) for several. Among the fields, start_from names a control of the model
@@ -93,8 +95,20 @@ class ControlRecipe:
         self.config, self.seed = config, config.seed
         self.share = Share.own()
         self.share.rows(config.batch)  # complains before anything is read
+        if options.get("by_magnitude") and self.share.count > 1:
+            raise ValueError(
+                "by_magnitude weighs bits by the mean over a whole batch, which several processes do not have; leave "
+                "it out, or train in one process"
+            )
+        self.caches_text = _caches_text(options, photos is not None, whole)
+        if options.get("explicit_captions") and (photos is not None or self.caches_text):
+            raise ValueError(
+                "explicit_captions needs renders and text_cache=false: what photos show is not known, and features "
+                "are kept of the wordings alone"
+            )
         self.sharded = False
-        keeps_text = photos is None or whole or not options.get("text_cache", True)
+        # the captions of renders are encoded by the pipeline's encoder, those of photos before it is loaded
+        keeps_text = photos is None or not self.caches_text
         precision = read_dtype(options.get("dtype"))
         if whole and precision not in (None, torch.float32):
             raise ValueError("a backbone that learns needs float32; leave dtype out and set precision to bf16")
@@ -116,7 +130,7 @@ class ControlRecipe:
         replace_controls(self.pipe, wanted)
         self._freeze(whole)
         with PartialState().main_process_first():
-            self._read_features(options, keeps_text, whole)
+            self._read_features(options, keeps_text)
         if options.get("gradient_checkpointing", False):
             self.pipe.transformer.enable_gradient_checkpointing()
         self.model: nn.Module = ControlLoss(
@@ -154,7 +168,7 @@ class ControlRecipe:
             self.pipe.text_encoder.requires_grad_(True)
             self.pipe._card = None  # it describes the weights that this run starts from
 
-    def _read_features(self, options: Mapping[str, Any], keeps_text: bool, whole: bool) -> None:
+    def _read_features(self, options: Mapping[str, Any], keeps_text: bool) -> None:
         """Latents of the pictures and, where they are kept, features of their captions."""
         vae, folder = self.pipe.vae, self.latent_folder
         if isinstance(self.pictures, Photos) and isinstance(self.held_out, Photos):
@@ -170,7 +184,7 @@ class ControlRecipe:
         assert isinstance(self.pictures, Renders) and isinstance(self.held_out, Renders)
         self.latents = latent_reader(folder / "train", vae, self.pictures)
         self.held_out_latents = latent_reader(folder / "val", vae, self.held_out)
-        if options.get("text_cache", not self.pictures.online and not whole):
+        if self.caches_text:
             limit = self.pipe.transformer.config["text_length"]
             encoder, tokenizer = self.pipe.text_encoder, self.pipe.tokenizer
             self.text = cached_text(folder / "text", encoder, tokenizer, self.pictures, max_length=limit)
@@ -224,8 +238,9 @@ class ControlRecipe:
         if self.text is None:
             texts = [captions[position][wordings[position]] for position in mine]
             if isinstance(self.pictures, Renders):
-                share = options.get("explicit_captions", 0.0)
-                texts = self.pictures.told_in_full(own, texts, share, np.random.default_rng((self.seed, index, 1)))
+                # drawn for all rows, as everything else that is random
+                full = np.random.default_rng((self.seed, index, 1)).random(size) < options.get("explicit_captions", 0.0)
+                texts = self.pictures.told_in_full(own, texts, full[mine.start : mine.stop].tolist())
             text = self._tokens(texts)
         else:
             features, lengths = self.text.read(own, [wordings[position] for position in mine])
@@ -373,6 +388,14 @@ class ControlRecipe:
             return
         for name, adapter in self.pipe.controls.items():
             save_control(folder / name, self.pipe.transformer, adapter, name)
+
+
+def _caches_text(options: Mapping[str, Any], photos: bool, whole: bool) -> bool:
+    """Whether features of captions are kept: unless told otherwise, where the encoder and the pictures stay."""
+    if photos:
+        return not whole and bool(options.get("text_cache", True))
+    online = any(isinstance(source, Mapping) and source.get("online") for source in stores_of(options["data"]))
+    return bool(options.get("text_cache", not online and not whole))
 
 
 def wanted_controls(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -52,12 +52,11 @@ class ControlLoss(nn.Module):
         with torch.set_grad_enabled(self.whole and torch.is_grad_enabled()):
             context = self.transformer.encode_text(self._text(batch))
         with torch.no_grad():
-            latent, flips = batch["latent"], self._flips(batch, schedule, seed)
-            inputs, labels, _ = target.self_correct(latent, schedule, flips=flips)
-            magnitudes = target.magnitudes(latent, schedule, flips) if self.by_magnitude else None
+            forced = target.teacher_forcing(batch["latent"], schedule, self._flips(batch, schedule, seed))
         injectors = self._injectors(batch, context, schedule)
-        logits = self.transformer(inputs, schedule.steps, context, KVCache(), injectors=injectors)
-        loss, _, accuracy = bit_loss(logits, labels, schedule, magnitudes=magnitudes)
+        logits = self.transformer(forced.inputs, schedule.steps, context, KVCache(), injectors=injectors)
+        magnitudes = forced.magnitudes if self.by_magnitude else None
+        loss, _, accuracy = bit_loss(logits, forced.labels, schedule, magnitudes=magnitudes)
         return loss, {f"accuracy_{i}": a.detach() for i, a in enumerate(accuracy)}
 
     def _flips(self, batch: Mapping[str, Tensor], schedule: ScaleSchedule, seed: int) -> list[Tensor]:

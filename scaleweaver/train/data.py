@@ -106,13 +106,11 @@ class Renders:
         """The wording that says all that can be asked of this picture; needs no rendering."""
         return explicit_caption(self.scene(row))
 
-    def told_in_full(
-        self, rows: Sequence[int], texts: Sequence[str], share: float, rng: np.random.Generator
-    ) -> list[str]:
-        """The texts of some rows, a share of them replaced by explicit captions."""
-        replaced = rng.random(len(rows)) < share
+    def told_in_full(self, rows: Sequence[int], texts: Sequence[str], replaced: Sequence[bool]) -> list[str]:
+        """The texts of some rows, those marked as replaced by explicit captions; an empty text stays empty."""
         return [
-            self.explicit_caption(row) if full else text for row, text, full in zip(rows, texts, replaced, strict=True)
+            self.explicit_caption(row) if full and text else text
+            for row, text, full in zip(rows, texts, replaced, strict=True)
         ]
 
     def depth(self, row: int) -> Pixels:
@@ -141,7 +139,7 @@ def stores_of(sources: Source | Sequence[Source]) -> list[Source]:
             continue
         settings = dict(source)
         parts, count = settings.pop("parts"), settings.get("count", 0)
-        if not isinstance(parts, int) or parts < 1 or count % parts or "path" not in settings:
+        if not isinstance(parts, int) or parts < 1 or count % parts or not {"path", "count"} <= set(settings):
             raise ValueError(f"{dict(source)} cannot be parted; set path, and count to a multiple of parts")
         each = count // parts
         for part in range(parts):
@@ -150,10 +148,8 @@ def stores_of(sources: Source | Sequence[Source]) -> list[Source]:
     return single
 
 
-def _opened(source: Source) -> RenderStore | OnlineRenders:
-    """The pictures of one source; shows how far rendering is where some are missing."""
-    if isinstance(source, str):
-        return RenderStore(source)
+def check_source(source: Mapping[str, Any]) -> None:
+    """Refuses settings of a store, or of online pictures, that lack something or that nothing reads."""
     settings = dict(source)
     online = settings.pop("online", False)
     accepted = dict(inspect.signature(OnlineRenders if online else cache_renders).parameters)
@@ -164,7 +160,15 @@ def _opened(source: Source) -> RenderStore | OnlineRenders:
         kind, takes = "online pictures" if online else "a render store", ", ".join(accepted)
         wrong = f"do not take {', '.join(unknown)}" if unknown else f"lack {', '.join(missing)}"
         raise ValueError(f"the settings of pictures {dict(source)} {wrong}; {kind} can be given {takes}")
-    if online:
+
+
+def _opened(source: Source) -> RenderStore | OnlineRenders:
+    """The pictures of one source; shows how far rendering is where some are missing."""
+    if isinstance(source, str):
+        return RenderStore(source)
+    check_source(source)
+    settings = dict(source)
+    if settings.pop("online", False):
         return OnlineRenders(**settings)
     with rendering_progress(f"rendering {settings['path']}") as on_progress:
         return cache_renders(**settings, on_progress=on_progress)
@@ -249,6 +253,8 @@ def cached_latents(
     shape = (len(renders), vae.config["bits"], side, side)
     # an interrupted call goes on where it was
     first = found.pop("rows", 0) if found | {"rows": 0} == mark | {"rows": 0} else 0
+    if not first:
+        done.unlink(missing_ok=True)  # it speaks of what is overwritten now
     out = np.lib.format.open_memmap(path / "latents.npy", mode="r+" if first else "w+", dtype=np.float16, shape=shape)
     for start in range(first, len(renders), batch):
         out[start : start + batch] = encoded(vae, renders, range(start, min(start + batch, len(renders))))

@@ -23,9 +23,9 @@ from scaleweaver.controls.estimator import JOINTS, STRIDE, ToyboxEstimator
 from scaleweaver.evaluate.depth import depth_errors
 from scaleweaver.evaluate.pose import pose_scores
 from scaleweaver.toybox.drawing import COCO_18, draw_skeleton
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.data import Pixels, Renders, save_grid, shuffled, to_images
 from scaleweaver.train.judge import softened
-from scaleweaver.train.trainer import TrainConfig
 
 SPREAD = 0.7  # standard deviation of the Gaussian around a joint, in cells
 HIDDEN = 0.5  # weight of a joint that something covers

@@ -24,8 +24,8 @@ from scaleweaver.toybox.compose import rectangle
 from scaleweaver.toybox.scene import Person, Scene, attributes, base
 from scaleweaver.toybox.stage import project
 from scaleweaver.toybox.worlds import check_same_world
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.data import Pixels, Renders, to_images
-from scaleweaver.train.trainer import TrainConfig
 
 SPREAD = 0.7  # standard deviation of the Gaussian around a centre, in cells
 WEIGHTS = {"heat": 1.0, "color": 1.0, "trousers": 0.5, "pose": 0.5, "place": 1.0, "ground": 0.2, "sky": 0.2}

@@ -41,9 +41,9 @@ from scaleweaver.methods.scaleweaver import ScaleWeaverConfig
 from scaleweaver.precision import read_dtype
 from scaleweaver.schedule import RATIOS, ScaleSchedule
 from scaleweaver.tokenizers.bsq import BSQTokenizer
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.control import ControlRecipe, wanted_controls
 from scaleweaver.train.photo_setup import photo_folder, plan_of
-from scaleweaver.train.trainer import TrainConfig
 
 DRIVER = 2**30  # bytes on a GPU, assumed
 _TOKENIZER_OF = {"125M": "d16", "2B": "d32", "8B": "d56_f8"}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from scaleweaver.train.trainer import TrainConfig
+    from scaleweaver.train.config import TrainConfig
 
 OPTIMIZERS = ("adamw", "adamw_fused", "adamw_8bit", "muon")
 MOMENTUM = 0.95

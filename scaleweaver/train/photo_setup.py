@@ -23,9 +23,9 @@ from scaleweaver.hub import locate
 from scaleweaver.pipeline import VARControlPipeline
 from scaleweaver.schedule import BUDGETS, RATIOS, ScaleSchedule, infinity_schedule, nearest_schedule
 from scaleweaver.toybox.store import SETTINGS
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.data import CachedText, cached_text
 from scaleweaver.train.photos import Photos
-from scaleweaver.train.trainer import TrainConfig
 
 PHOTO_OPTIONS = frozenset(("pixels", "ratios", "held_out", "latent_cache", "map_cache", "architecture"))
 

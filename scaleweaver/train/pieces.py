@@ -39,21 +39,24 @@ FORMS = {
 def pack(plan: Plan, folder: Path, *, piece: int = PIECE, limit: int = LIMIT) -> list[str]:
     """Writes the run into `folder`, in files of `piece` bytes, at most `limit` together; says what it left out.
 
-    Raises ValueError where even rounded weights do not fit, and for a folder that holds something.
+    Raises ValueError where even rounded weights do not fit, for a run that has not begun, and for a folder that holds
+    something.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; pass a new folder")
-    begun = next((stage for stage in plan.stages if not stage.finished and stage.steps_done), None)
+    if not any(stage.finished or stage.steps_done for stage in plan.stages):
+        raise ValueError(f"the run in {plan.out} has not made a step, so there is nothing to pack; run it first")
+    begun = [stage for stage in plan.stages if not stage.finished and stage.steps_done]
     files = _files(plan)
     with tempfile.TemporaryDirectory() as kept:
         for form in FORMS:
             chosen = dict(files)
-            if begun is not None:
-                chosen |= _checkpoint(begun, form, Path(kept), plan.out)
+            for stage in begun:
+                chosen |= _checkpoint(stage, form, Path(kept), plan.out)
             size = sum(path.stat().st_size for path in chosen.values())
             if size <= limit:
                 break
-            if begun is None or form == "rounded":
+            if not begun or form == "rounded":
                 raise ValueError(
                     f"the run in {plan.out} has {size / 2**20:.1f} MiB, more than the {limit / 2**20:.1f} that pieces "
                     "may have; pass a higher --mebibytes, or finish the stage first"
@@ -127,7 +130,7 @@ class Manifest:
 
 
 def _files(plan: Plan) -> dict[str, Path]:
-    """All but the checkpoint, by their path in the folder of the run."""
+    """All but the checkpoints, by their path in the folder of the run."""
     waiting = [stage for stage in plan.stages if not stage.finished]
     taken = {name for stage in waiting for name in stage.needs} if waiting else {plan.stages[-1].name}
     found = [plan.out / RECORD]
@@ -148,7 +151,7 @@ def _checkpoint(stage: Stage, form: str, kept: Path, out: Path) -> dict[str, Pat
     if form == "whole":
         return {path: file}
     parts = _load(file) | {"optimizer": None}
-    smaller = kept / form
+    smaller = kept / f"{stage.name}-{form}"
     _save(_cast(parts, torch.bfloat16) if form == "rounded" else parts, smaller)
     return {path: smaller}
 
@@ -219,9 +222,11 @@ def _read_manifest(folder: Path) -> Manifest:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is no manifest of a packed run ({error}); copy it again") from None
     _check_names([entry.name for entry in manifest.files], _is_inside, file)
-    _check_names([entry.name for entry in manifest.pieces], lambda name: bool(re.fullmatch(r"piece-\d{3}", name)), file)
-    sizes = [[entry.size for entry in entries] for entries in (manifest.files, manifest.pieces)]
-    if min(map(min, sizes), default=0) < 0 or sum(sizes[0]) != sum(sizes[1]):
+    _check_names(
+        [entry.name for entry in manifest.pieces], lambda name: bool(re.fullmatch(r"piece-\d{3,}", name)), file
+    )
+    files, pieces = ([entry.size for entry in entries] for entries in (manifest.files, manifest.pieces))
+    if min(files + pieces, default=0) < 0 or sum(files) != sum(pieces):
         raise ValueError(f"{file} lists pieces that do not make up its files; copy it again")
     return manifest
 

@@ -23,21 +23,23 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
-from scaleweaver.train import changed, make_recipe, read_settings
+from scaleweaver.train import changed, make_recipe, read_settings, recipe_class
 from scaleweaver.train.assembly import assemble, copy_halved, sizes
 from scaleweaver.train.checkpoints import newest_checkpoint
-from scaleweaver.train.data import stores_of
+from scaleweaver.train.config import TrainConfig
+from scaleweaver.train.data import check_source, stores_of
 from scaleweaver.train.rendering import Renderers
 from scaleweaver.train.throughput import read_summary
-from scaleweaver.train.trainer import TrainConfig, train
+from scaleweaver.train.trainer import train
 
 ASSEMBLY = "assembly"
 FINISHED = "finished.json"
 RECORD = "recipe.json"  # what the folder of a run belongs to
+AGAIN = 5.0  # seconds after which the alarm rings again, should a destructor have swallowed it
 
 
-class OutOfTime(Exception):
-    """The minutes of a call are over; what is done stays."""
+class OutOfTime(BaseException):
+    """The minutes of a call are over; what is done stays. No Exception: it may come up in code that catches those."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,14 @@ class Stage:
 
     @property
     def steps_done(self) -> int:
-        if self.config is None:
-            return 0
+        if self.finished:
+            return int(json.loads((self.out / FINISHED).read_text())["steps"])
         found = newest_checkpoint(self.out)
-        return self.config.steps if self.finished else int(found.name) if found else 0
+        return int(found.name) if found else 0
 
     def finish(self) -> None:
-        values = {"steps": self.config.steps if self.config else 0}
-        (self.out / FINISHED).write_text(json.dumps(values))
+        """Marks it as finished, with the steps that it has made."""
+        (self.out / FINISHED).write_text(json.dumps({"steps": self.steps_done}))
 
     def stores(self) -> list[Mapping[str, Any]]:
         """The render stores that it reads and can render."""
@@ -110,6 +112,11 @@ def read_plan(
     if preset not in presets and (presets or preset is not None):
         raise ValueError(f"preset is {preset!r}; {recipe} has {', '.join(presets) or 'none'}, pass one with --preset")
     chosen = presets.get(preset) or {}
+    if unread := sorted(set(chosen) - {"renderers", "every", "stages"}):
+        raise ValueError(
+            f"preset {preset} of {recipe} sets {', '.join(unread)}, which nothing reads; a preset has renderers, every "
+            "(settings of all stages) and stages (those of one, by its name)"
+        )
     of_stages = chosen.get("stages", {})
     for name in (*of_stages, *(key.partition(".")[0] for key in overrides or {})):
         if name not in values["stages"]:
@@ -125,15 +132,28 @@ def read_plan(
         settings[name] = merged
     settings = changed(_moved(settings, base, here), overrides or {})
     stages = tuple(
-        Stage(name, Path(each["out"]), TrainConfig.from_mapping(each), _needs(each, settings, here))
+        Stage(name, Path(each["out"]), _config(name, each), _needs(each, settings, here))
         for name, each in settings.items()
     )
+    for stage in stages:
+        for store in stage.stores():
+            check_source(store)
     assembly = _moved(values.get("assembly", {}), base, here)
     if assembly:
         stages += (Stage(ASSEMBLY, Path(here) / ASSEMBLY, None, _needs(assembly, settings, here)),)
     return Plan(
         Path(here), preset or "", stages, assembly, values.get("weights_mb", math.inf), chosen.get("renderers", 0)
     )
+
+
+def _config(stage: str, settings: Mapping[str, Any]) -> TrainConfig:
+    """Settings of a stage, if its recipe reads all of them: better told now than after the stages before."""
+    try:
+        config = TrainConfig.from_mapping(settings)
+        config.options.among(recipe_class(config.recipe).option_names)
+    except ValueError as error:
+        raise ValueError(f"stage {stage}: {error}") from None
+    return config
 
 
 def run_stages(
@@ -203,22 +223,38 @@ class Clock:
     @contextmanager
     def interrupts(self) -> Iterator[None]:
         """Within the block the end raises OutOfTime: preparing a stage may take long, and can be killed anywhere."""
-        if self.left == 0:
+        left = self.left
+        if left == 0:
             raise OutOfTime
-        if self.left is None or threading.current_thread() is not threading.main_thread():
-            yield  # no limit, or no signal could be received
+        receives = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+        if left is None or not receives:  # Windows has no such signal, other threads get none
+            yield
             return
 
+        rung = False
+
         def ring(*_: Any) -> None:
+            nonlocal rung
+            rung = True
             raise OutOfTime
 
+        learns, number_format = torch.is_grad_enabled(), torch.get_default_dtype()
         before = signal.signal(signal.SIGALRM, ring)
-        signal.setitimer(signal.ITIMER_REAL, 60 * self.left)
+        signal.setitimer(signal.ITIMER_REAL, 60 * left, AGAIN)
         try:
             yield
+            if rung:  # somebody has swallowed it, so what was prepared may lack something
+                raise OutOfTime
+        except Exception as error:
+            if rung:  # somebody has taken it for an error of his own: safetensors does
+                raise OutOfTime from error
+            raise
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+            # the end may have come just before somebody would have put these back
+            torch.set_grad_enabled(learns)
+            torch.set_default_dtype(number_format)
 
 
 def _train(stage: Stage, config: TrainConfig, clock: Clock, renderers: Renderers, say: Callable[[str], None]) -> bool:
@@ -230,7 +266,7 @@ def _train(stage: Stage, config: TrainConfig, clock: Clock, renderers: Renderers
     train(recipe, replace(config, minutes=clock.left))
     del recipe
     _forget(config)
-    finished = stage.steps_done == config.steps
+    finished = stage.steps_done >= config.steps
     if finished:
         stage.finish()
     state = "finished" if finished else f"stopped after {stage.steps_done} of {config.steps} steps"

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
-    from scaleweaver.train.trainer import Recipe, TrainConfig
+    from scaleweaver.train.config import TrainConfig
+    from scaleweaver.train.trainer import Recipe
 
 FIRST = 3  # steps of a call in which caches fill and networks are compiled: not counted where there are others
 FILE = "throughput.json"
@@ -66,7 +67,9 @@ def utilisation(
 def step_operations(model: nn.Module, batch: Any) -> int:
     """Floating-point operations of one forward and backward pass of `model(batch, seed)`, as torch counts them."""
     with FlopCounterMode(display=False) as counter:
-        model(batch, 0)[0].backward()
+        loss = model(batch, 0)[0]
+        if loss.requires_grad:
+            loss.backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 

@@ -22,8 +22,8 @@ from scaleweaver.controls.canny import canny
 from scaleweaver.evaluate.control import canny_f1, psnr
 from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.tokenizers.bsq import BSQTokenizer
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.data import Renders, as_pixels, random_control_map, save_grid, to_images
-from scaleweaver.train.trainer import TrainConfig
 
 
 class TokenizerLoss(nn.Module):

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,89 +25,11 @@ from torch import nn
 from scaleweaver.train.batches import Batches
 from scaleweaver.train.checkpoints import State
 from scaleweaver.train.compiled import compile_networks, uncompiled
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.curves import Curves
-from scaleweaver.train.optimizers import OPTIMIZERS, make_optimizer
+from scaleweaver.train.optimizers import make_optimizer
 from scaleweaver.train.processes import anyone, average_gradients, check_setup, is_sharded, mean, prepare
 from scaleweaver.train.throughput import Pace, utilisation, write_summary
-
-
-class Options(dict[str, Any]):
-    """A recipe's own settings; one that is needed and missing is named."""
-
-    def __missing__(self, name: str) -> Any:
-        raise ValueError(f"the training config lacks {name}; add it to the yaml file or pass --set {name}=value")
-
-    def among(self, known: frozenset[str]) -> Options:
-        """These options, if the recipe knows them all."""
-        unknown = sorted(set(self) - known)
-        if unknown:
-            own = sorted({entry.name for entry in fields(TrainConfig)} - {"options"})
-            raise ValueError(
-                f"the training config sets {', '.join(unknown)}, which nothing reads; this recipe knows "
-                f"{', '.join(sorted(known))}, the training loop {', '.join(own)}"
-            )
-        return self
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What the loop itself needs; everything of the recipe is in ``options``."""
-
-    recipe: str
-    out: str
-    steps: int
-    batch: int
-    lr: float
-    warmup: int = 100
-    lr_schedule: str = "cosine"  # or "constant"
-    final_lr: float = 0.05  # fraction of lr that the cosine ends at
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.97)
-    clip: float = 1.0
-    accumulate: int = 1
-    ema: float = 0.999
-    optimizer: str = "adamw"  # "adamw_fused": one kernel a step; "adamw_8bit": a quarter of the state, bitsandbytes;
-    # "muon": Muon on hidden matrices (optimizers.py)
-    precision: str = "no"  # "bf16" and "fp16": autocast
-    compile: str = ""  # a backend of torch.compile for the networks: "inductor"
-    workers: int = 0  # processes that make batches ahead; 0: each is made when its step comes
-    seed: int = 0
-    log_every: int = 20
-    validate_every: int = 500
-    checkpoint_every: int = 250
-    keep_checkpoints: int = 2
-    minutes: float | None = None  # wall-clock limit of this call; the run resumes where it stopped
-    options: Options = field(default_factory=Options)
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Known keys fill the fields, all others are the recipe's options."""
-        values = _with_numbers(values)
-        known = {k: v for k, v in values.items() if k in cls.__dataclass_fields__ and k != "options"}
-        missing = [k for k in ("recipe", "out", "steps", "batch", "lr") if k not in known]
-        if missing:
-            raise ValueError(
-                f"the training config lacks {', '.join(missing)}; add them to the yaml file or pass --set key=value"
-            )
-        sets = {"lr_schedule": ("cosine", "constant"), "precision": ("no", "bf16", "fp16"), "optimizer": OPTIMIZERS}
-        for name, choices in sets.items():
-            if known.get(name, choices[0]) not in choices:
-                raise ValueError(f"{name} is {known[name]!r}; expected one of {', '.join(choices)}")
-        for entry in fields(cls):
-            optional = entry.name in known and known[entry.name] is None and entry.default is None
-            if entry.name in known and entry.type in ("int", "float", "float | None") and not optional:
-                known[entry.name] = _number(entry.name, known[entry.name], whole=entry.type == "int")
-        if "betas" in known:
-            known["betas"] = tuple(float(beta) for beta in known["betas"])
-        return cls(**known, options=Options({k: v for k, v in values.items() if k not in known}))
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of optimiser step `step`: linear warm-up, then cosine or constant."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup))
-        if self.lr_schedule == "constant":
-            return self.lr * warm
-        progress = min(1.0, max(0, step - self.warmup) / max(1, self.steps - self.warmup))
-        return self.lr * warm * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class Recipe(Protocol):
@@ -138,33 +59,22 @@ def train(recipe: Recipe, config: TrainConfig) -> Path:
     """Runs, or resumes, `config.steps` optimiser steps; returns the folder of the result."""
     check_setup(config.recipe)
     out = Path(config.out)
-    accelerator = Accelerator(
-        mixed_precision=config.precision,
-        gradient_accumulation_steps=config.accumulate,
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
-    )
-    main = accelerator.is_main_process
-    if main:
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1, default=str))
+    accelerator = _accelerator(config)
+    main, on_cpu = accelerator.is_main_process, accelerator.device.type == "cpu"
     groups = [{**g, "params": list(g["params"])} for g in recipe.parameter_groups()]
     trained = [p for g in groups for p in g["params"]]
     model, optimizer = prepare(accelerator, recipe, make_optimizer(groups, config), trained)
-    on_cpu = accelerator.device.type == "cpu"
     # foreach: a few kernels instead of three a weight
     ema = EMAModel(trained, decay=config.ema, use_ema_warmup=True, power=0.75, foreach=not on_cpu)
-    state = State(recipe.model, optimizer, ema, accelerator.scaler)
+    state = State(recipe.model, optimizer, config.optimizer, ema, accelerator.scaler)
     accelerator.wait_for_everyone()
     step = state.resume(out)
     ema.to(accelerator.device)  # a checkpoint's averages come back on the CPU
     compile_networks(recipe, config.compile)
     batches, pace = Batches(recipe, config, step * config.accumulate, accelerator.device), Pace()
-    log = Curves(out, step) if main else None
+    written = _Written(recipe, config, accelerator, ema, trained, Curves(out, step) if main else None)
     accelerator.init_trackers("tensorboard")
     deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
-    # all must take part in a validation where the weights are spread over processes
-    takes_part = main or is_sharded(accelerator)
     losses: list[torch.Tensor] = []  # of the steps that nobody has looked at
     with _progress(main) as progress, closing(batches):
         task = progress.add_task(config.recipe, total=config.steps, completed=step, loss="")
@@ -186,36 +96,80 @@ def train(recipe: Recipe, config: TrainConfig) -> Path:
                 values = mean({k: float(v) for k, v in metrics.items()})
                 progress.update(task, completed=step, loss=f"{values['loss']:.4f}")
             pace.step(time.monotonic() - started, batches.waited - waited)
-            if log and logs:
-                values |= {"lr": config.lr_at(step - 1)} | pace.since_last()
-                log.row(step, values)
-                accelerator.log(values, step=step)
+            if logs:
+                written.row(step, values | {"lr": config.lr_at(step - 1)} | pace.since_last())
             if validates:
-                if takes_part:
-                    with _averaged(ema, trained, recipe.model), uncompiled(config.compile):
-                        values = {f"val_{k}": v for k, v in recipe.validate(out / "samples", step).items()}
-                        if main:
-                            recipe.save(out / "result")
-                if log:
-                    log.row(step, values)
-                    accelerator.log(values, step=step)
-                accelerator.wait_for_everyone()
+                written.validation(step)
             if main and saves:
                 state.save(out, step, config.keep_checkpoints)
             if stop:
                 break
-    if main and pace.steps:
-        summary = pace.summary(config.batch * config.accumulate)
-        if not on_cpu and accelerator.num_processes == 1:
-            with uncompiled(config.compile):
-                summary |= utilisation(recipe, model, config, summary["seconds_per_step"], accelerator.device)
-        write_summary(out, summary)
-    if main:
-        with _averaged(ema, trained, recipe.model):
-            recipe.save(out / "result")
+    written.result()
     accelerator.wait_for_everyone()
+    if main and pace.steps:
+        # measuring a GPU takes time, so only once all is done and saved
+        measures = step >= config.steps and not on_cpu and accelerator.num_processes == 1
+        write_summary(out, _speed(recipe, model, config, pace, accelerator.device if measures else None))
     accelerator.end_training()
     return out / "result"
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a run leaves besides its checkpoints: curves, pictures, the result; the main process writes."""
+
+    recipe: Recipe
+    config: TrainConfig
+    accelerator: Accelerator
+    ema: EMAModel
+    trained: list[nn.Parameter]
+    curves: Curves | None  # of the main process
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        if self.curves:
+            self.curves.row(step, values)
+            self.accelerator.log(dict(values), step=step)
+
+    def validation(self, step: int) -> None:
+        """Metrics and the result so far, with the averaged weights."""
+        # all must take part where the weights are spread over processes
+        if self.accelerator.is_main_process or is_sharded(self.accelerator):
+            with _averaged(self.ema, self.trained, self.recipe.model), uncompiled(self.config.compile):
+                found = self.recipe.validate(Path(self.config.out) / "samples", step)
+            self.result()
+            self.row(step, {f"val_{name}": value for name, value in found.items()})
+        self.accelerator.wait_for_everyone()
+
+    def result(self) -> None:
+        if self.accelerator.is_main_process:
+            with _averaged(self.ema, self.trained, self.recipe.model), uncompiled(self.config.compile):
+                self.recipe.save(Path(self.config.out) / "result")
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    """Also makes the folder of the run and notes its settings there."""
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulate,
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(config.out), logging_dir=str(config.out)),
+    )
+    if accelerator.is_main_process:
+        out = Path(config.out)
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1, default=str))
+    return accelerator
+
+
+def _speed(
+    recipe: Recipe, model: nn.Module, config: TrainConfig, pace: Pace, device: torch.device | None
+) -> dict[str, Any]:
+    """Of this call; with a device also what its steps make of it."""
+    summary = pace.summary(config.batch * config.accumulate)
+    if device is not None:
+        with uncompiled(config.compile):
+            summary |= utilisation(recipe, model, config, summary["seconds_per_step"], device)
+    return summary
 
 
 def _optimise(
@@ -281,34 +235,3 @@ def _progress(shown: bool) -> Progress:
         TimeRemainingColumn(),
         disable=not shown,
     )
-
-
-def _with_numbers(value: Any) -> Any:
-    """Settings with every text like 1e-1 as a number: yaml takes those for text that lack the point or the sign."""
-    if isinstance(value, Mapping):
-        return {key: _with_numbers(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_with_numbers(entry) for entry in value]
-    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
-        return float(value)
-    return value
-
-
-def _number(name: str, value: Any, *, whole: bool) -> int | float:
-    """A setting of the loop as a number of its kind and range."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}; expected a number") from None
-    counted = name in (
-        "steps",
-        "batch",
-        "accumulate",
-        "log_every",
-        "validate_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-    )
-    if (whole and number != int(number)) or number < int(counted):
-        raise ValueError(f"{name} is {value!r}; expected a {'whole ' if whole else ''}number from {int(counted)} on")
-    return int(number) if whole else number

@@ -140,12 +140,14 @@ def test_magnitudes_are_the_rests_behind_the_labels(
     target: ResidualTarget, latent: torch.Tensor, small_schedule: ScaleSchedule
 ) -> None:
     _, labels, flips = target.self_correct(latent, small_schedule, 0.3, 2, torch.Generator().manual_seed(3))
-    magnitudes = target.magnitudes(latent, small_schedule, flips)
+    forced = target.teacher_forcing(latent, small_schedule, flips)
+    magnitudes = forced.magnitudes
     rests = [scale.residual.permute(0, 2, 3, 1) for scale in target.quantize(latent, small_schedule, flips)]
     signed = torch.cat([target.pack(rest) for rest in rests], dim=1)  # (B, L, D)
+    assert torch.equal(forced.labels, labels) and torch.equal(magnitudes, signed.abs())
     assert magnitudes.shape == labels.shape and (magnitudes >= 0).all()
     torch.testing.assert_close(magnitudes * (labels.float() * 2 - 1), signed)
-    assert not torch.equal(magnitudes, target.magnitudes(latent, small_schedule))
+    assert not torch.equal(magnitudes, target.teacher_forcing(latent, small_schedule).magnitudes)
 
 
 def test_bad_shapes(target: ResidualTarget, latent: torch.Tensor, small_schedule: ScaleSchedule) -> None:

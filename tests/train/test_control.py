@@ -21,10 +21,10 @@ from scaleweaver.methods.scaleweaver import ScaleWeaverConfig
 from scaleweaver.toybox.drawing import draw_skeleton
 from scaleweaver.toybox.store import cache_renders
 from scaleweaver.train import run
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.control import ControlRecipe
 from scaleweaver.train.data import Renders
 from scaleweaver.train.maps import exact_map, varied_depth, varied_map, varied_skeleton
-from scaleweaver.train.trainer import TrainConfig
 
 
 def test_control_recipe(results):
@@ -208,6 +208,10 @@ def test_wrong_settings_of_several_controls(several):
         recipe_of(several, controls={"depth": {"rank": 2}})
     with pytest.raises(ValueError, match="ratios is for photos"):
         recipe_of(several, ratios=["1.0"])
+    for wrong in ({"text_cache": True}, {}, {"data": {"photos": "x"}, "text_cache": False}):
+        with pytest.raises(ValueError, match="explicit_captions needs renders and text_cache=false"):
+            recipe_of(several, explicit_captions=0.3, **wrong)
+    assert recipe_of(several, explicit_captions=0.3, text_cache=False).text is None
     with pytest.raises(ValueError, match="backbone that learns needs float32"):
         recipe_of(several, backbone_lr_scale=1.0, dtype="bfloat16")
 

@@ -16,6 +16,7 @@ from scaleweaver.evaluate.depth import depth_errors
 from scaleweaver.toybox.drawing import COCO_18
 from scaleweaver.toybox.store import RenderStore, cache_renders
 from scaleweaver.train import run
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.estimator import (
     MIRRORED,
     EstimatorLoss,
@@ -26,7 +27,6 @@ from scaleweaver.train.estimator import (
     scores,
     slope,
 )
-from scaleweaver.train.trainer import TrainConfig
 
 WIDTHS = [8, 16, 16, 24, 24]
 

@@ -12,9 +12,9 @@ from accelerate.state import AcceleratorState
 from tiny_photos import save_photo_model, write_photos
 from tiny_runs import TINY
 
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.control import ControlRecipe
 from scaleweaver.train.memory import MemoryPlan, estimate
-from scaleweaver.train.trainer import TrainConfig
 
 
 @pytest.fixture(scope="module")

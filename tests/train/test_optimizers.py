@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from noisy_run import Kill, Noisy, assert_same_run, config
+from tiny_runs import NEEDS_MUON
 from torch import nn
 
 from scaleweaver.train.optimizers import MOMENTUM, MuonAndAdamW
@@ -38,6 +39,7 @@ def make(hidden: list[nn.Parameter], others: list[nn.Parameter]) -> MuonAndAdamW
     return MuonAndAdamW(groups, lr=0.1, betas=(0.9, 0.97), weight_decay=0.0)
 
 
+@NEEDS_MUON
 def test_the_step_of_a_matrix_is_orthogonal_and_as_large_as_one_of_adamw():
     matrix, vector = gradients((24, 64), (5,))
     make([matrix], [vector]).step()
@@ -51,6 +53,7 @@ def test_the_step_of_a_matrix_is_orthogonal_and_as_large_as_one_of_adamw():
     assert 0.1 < matrix.detach().square().mean().sqrt() / 0.1 < 0.3  # AdamW's steps are about 0.2 to 0.4 times lr
 
 
+@NEEDS_MUON
 def test_all_else_is_adamw():
     matrix, vector, table = gradients((8, 8), (5,), (3, 4))
     alone = [nn.Parameter(torch.zeros_like(p)) for p in (vector, table)]
@@ -64,6 +67,7 @@ def test_all_else_is_adamw():
     assert torch.equal(vector, alone[0]) and torch.equal(table, alone[1])
 
 
+@NEEDS_MUON
 def test_a_learning_rate_reaches_its_part_and_so_does_a_saved_state():
     matrix, vector = gradients((8, 8), (5,))
     optimizer = make([matrix], [vector])
@@ -83,6 +87,7 @@ def test_a_learning_rate_reaches_its_part_and_so_does_a_saved_state():
     torch.testing.assert_close(momentum, matrix.grad * (1 - MOMENTUM**2))
 
 
+@NEEDS_MUON
 def test_a_killed_run_goes_on_with_muon(tmp_path):
     train(Hidden(), config(tmp_path / "straight", optimizer="muon"))
     with pytest.raises(Kill):
@@ -94,12 +99,28 @@ def test_a_killed_run_goes_on_with_muon(tmp_path):
         assert_same_run(tmp_path / "adamw", tmp_path / "straight")
 
 
-def test_what_muon_cannot_do_is_said(tmp_path, monkeypatch):
+@NEEDS_MUON
+def test_what_muon_cannot_do_is_said(tmp_path):
     with pytest.raises(ValueError, match="finds no hidden matrices in this recipe; set optimizer to adamw"):
         train(Noisy(), config(tmp_path, optimizer="muon"))
     optimizer = make(*([p] for p in gradients((8, 8), (5,))))
     with pytest.raises(ValueError, match="take no closure"):
         optimizer.step(lambda: 0.0)
-    monkeypatch.delattr(torch.optim, "Muon")
+
+
+def test_a_torch_without_muon_is_named(tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(ValueError, match=r"came with torch 2\.9 and this is"):
         train(Hidden(), config(tmp_path, optimizer="muon"))
+
+
+@NEEDS_MUON
+def test_another_optimizer_is_refused_in_a_run_that_has_begun(tmp_path):
+    train(Hidden(), config(tmp_path, minutes=0))
+    before = (tmp_path / "checkpoints/0000001/state.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"state\.pt was written with adamw, this run uses muon; set optimizer back"):
+        train(Hidden(), config(tmp_path, optimizer="muon"))
+    assert (tmp_path / "checkpoints/0000001/state.pt").read_bytes() == before
+    train(Hidden(), config(tmp_path))
+    train(Hidden(), config(tmp_path / "straight"))
+    assert_same_run(tmp_path, tmp_path / "straight")

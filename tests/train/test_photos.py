@@ -23,11 +23,12 @@ from scaleweaver.controls import Canny, canny
 from scaleweaver.images import fit
 from scaleweaver.methods.scaleweaver import ScaleWeaverConfig
 from scaleweaver.schedule import ScaleSchedule, infinity_schedule, nearest_schedule
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.control import ControlRecipe
 from scaleweaver.train.data import shuffled
 from scaleweaver.train.photo_files import find_photos
 from scaleweaver.train.photos import Photos
-from scaleweaver.train.trainer import TrainConfig, train
+from scaleweaver.train.trainer import train
 
 CANNY = ScaleWeaverConfig(kind="canny", thresholds=(100, 200))
 

@@ -18,9 +18,9 @@ from tiny_photos import save_photo_model, write_photos
 from tiny_runs import TINY, curve, written
 
 from scaleweaver.train import run
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.control import ControlRecipe
 from scaleweaver.train.processes import Share
-from scaleweaver.train.trainer import TrainConfig
 
 SCRIPT = Path(__file__).resolve().parent.parent / "process_runs.py"
 
@@ -101,6 +101,26 @@ def test_each_process_takes_its_rows_of_the_same_batch(values, monkeypatch):
         with torch.no_grad():
             means = [float(part.model(share, 7)[0]) for part, share in zip(parts, shares, strict=True)]
             assert sum(means) / 2 == pytest.approx(float(whole.model(batch, 7)[0]), abs=1e-6)
+
+
+def test_captions_that_say_everything_are_those_of_one_process(tmp_path, monkeypatch):
+    save_photo_model(tmp_path / "model")
+    pictures = {"online": True, "split": "train", "count": 6, "size": 256, "supersample": 1}
+    values = TINY | {"recipe": "control", "kind": "canny", "model": str(tmp_path / "model"), "out": str(tmp_path)}
+    values |= {"data": pictures, "val_data": pictures | {"count": 1}, "adapter": {"lora_rank": 2}, "batch": 4}
+    config = TrainConfig.from_mapping(values | {"explicit_captions": 0.5})
+    recipes = [ControlRecipe(config)]
+    for index in (0, 1):
+        monkeypatch.setattr(Share, "own", classmethod(lambda cls, index=index: cls(index, 2)))
+        recipes.append(ControlRecipe(config))
+    for index in (0, 1):
+        told = []
+        for recipe in recipes:
+            batch = recipe.batch(index, 4)
+            told.append([ids[mask.bool()].tolist() for ids, mask in zip(batch["ids"], batch["mask"], strict=True)])
+        assert told[0] == told[1] + told[2]
+    with pytest.raises(ValueError, match="by_magnitude weighs bits by the mean over a whole batch"):
+        ControlRecipe(TrainConfig.from_mapping(values | {"by_magnitude": True}))
 
 
 def test_batches_that_cannot_be_shared_are_refused(values, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -19,11 +20,11 @@ from scaleweaver import VARControlPipeline
 from scaleweaver.cli import app
 from scaleweaver.train.backbone import BackboneRecipe
 from scaleweaver.train.checkpoints import newest_checkpoint
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.data import Renders, stores_of
 from scaleweaver.train.pieces import MANIFEST, pack, unpack
 from scaleweaver.train.rendering import Renderers, rendered
 from scaleweaver.train.stages import Clock, OutOfTime, Plan, read_plan, run_stages
-from scaleweaver.train.trainer import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = {"count": 4, "size": 32, "supersample": 1, "captions": 2, "maps": ["depth", "keypoints"], "workers": 0}
@@ -133,17 +134,52 @@ def test_minutes_span_all_stages(recipe, straight, tmp_path, monkeypatch):
     assert not run_stages(tiny(recipe, tmp_path), minutes=0, say=lambda text: None)
     assert not (tmp_path / "tokenizer").exists()  # no time even to prepare
     killed(recipe, tmp_path, monkeypatch)
-    limits = iter([0.001, 0.03, 10])  # in minutes: in the preparation, perhaps between two steps, never
-    while not run_stages(tiny(recipe, tmp_path), minutes=next(limits), say=lambda text: None):
-        pass
-    assert same_run(tmp_path, straight)
+    said: list[str] = []
+    with monkeypatch.context() as patch:  # a preparation that does not end
+        patch.setattr(BackboneRecipe, "_begin", lambda *_: time.sleep(600))
+        assert not run_stages(tiny(recipe, tmp_path), minutes=0.001, say=said.append)
+    assert said[-1] == "the time is over; the same command goes on"
+    assert tiny(recipe, tmp_path).find("backbone").steps_done == 2
+    with monkeypatch.context() as patch:  # a batch that takes all the time there is
+        whole, minutes = BackboneRecipe.batch, 0.02
+
+        def batch(self: BackboneRecipe, index: int, size: int) -> Any:
+            time.sleep(60 * minutes)
+            return whole(self, index, size)
+
+        patch.setattr(BackboneRecipe, "batch", batch)
+        assert not run_stages(tiny(recipe, tmp_path), minutes=minutes, say=said.append)
+    assert tiny(recipe, tmp_path).find("backbone").steps_done in (2, 3)  # 2 where preparing alone takes that long
+    assert run_stages(tiny(recipe, tmp_path), minutes=10, say=said.append) and same_run(tmp_path, straight)
+
+
+def test_fewer_steps_than_are_done(recipe, tmp_path, monkeypatch):
+    killed(recipe, tmp_path, monkeypatch)
+    plan = tiny(recipe, tmp_path, **{"backbone.steps": 1})
+    assert run_stages(plan, only="backbone", say=lambda text: None)
+    assert plan.find("backbone").finished and plan.find("backbone").steps_done == 2
 
 
 def test_the_end_interrupts_what_prepares():
-    clock, started = Clock(0.05 / 60), time.monotonic()
+    clock = Clock(0.05 / 60)
     with pytest.raises(OutOfTime), clock.interrupts():
-        time.sleep(20)
-    assert time.monotonic() - started < 10 and clock.left == 0
+        torch.set_grad_enabled(False)  # as where the end comes before a context has put it back
+        torch.set_default_dtype(torch.float64)
+        try:
+            time.sleep(600)
+        except Exception:  # as code that is interrupted may have it
+            pytest.fail("the end was taken for an error")
+    assert clock.left == 0 and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    with pytest.raises(OutOfTime) as caught, Clock(0.05 / 60).interrupts():
+        try:
+            time.sleep(600)
+        except BaseException:
+            raise OSError("a file that cannot be read") from None
+    assert isinstance(caught.value.__cause__, OSError)
+    with pytest.raises(OutOfTime), Clock(0.05 / 60).interrupts(), contextlib.suppress(BaseException):
+        time.sleep(600)
+    with pytest.raises(OSError, match="in time"), Clock(1).interrupts():
+        raise OSError("in time")
     with Clock(None).interrupts():
         pass
     with Clock(1).interrupts():
@@ -171,6 +207,22 @@ def test_presets_and_changes(recipe, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             read_plan(*arguments)
+    values = yaml.safe_load(recipe.read_text())
+    values["presets"]["large"]["evry"] = {"batch": 8}
+    file = recipe.with_name("misspelt.yaml")
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    with pytest.raises(ValueError, match=r"preset large of .* sets evry, which nothing reads"):
+        read_plan(file, "large")
+    assert read_plan(file, "small").preset == "small"
+    store = {"path": "x", "split": "train"}
+    for changes, message in (
+        ({"backbone.sofften": 1}, "stage backbone: the training config sets sofften, which nothing reads"),
+        ({"tokenizer.recipe": "cook"}, 'stage tokenizer: recipe "cook" is unknown; expected tokenizer, backbone'),
+        ({"tokenizer.lr": "fast"}, "stage tokenizer: lr is 'fast'"),
+        ({"backbone.data": store}, "lack count; a render store can be given path, split, start, count"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny(recipe, tmp_path, **changes)
     with pytest.raises(ValueError, match=r"decoder is no stage of .*; it has tokenizer, backbone"):
         tiny(recipe, tmp_path, **{"decoder.steps": 1})
     with pytest.raises(ValueError, match="backbone takes the result of tokenizer, which is not finished"):
@@ -226,6 +278,22 @@ def test_a_run_moves_in_pieces(recipe, straight, tmp_path, monkeypatch):
     assert not (tmp_path / "third/backbone/result").exists()  # nothing takes it any more
 
 
+def test_every_stage_under_way_is_packed(recipe, tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    with pytest.raises(ValueError, match="has not made a step, so there is nothing to pack"):
+        pack(tiny(recipe, here), tmp_path / "none")
+    killed(recipe, here, monkeypatch)
+    (here / "tokenizer/finished.json").unlink()  # as after a stage that was run alone, or had its steps raised
+    assert [s.steps_done for s in tiny(recipe, here).stages] == [1, 2, 0]
+    pack(tiny(recipe, here), tmp_path / "pieces")
+    unpack(tiny(recipe, there), tmp_path / "pieces")
+    assert [s.steps_done for s in tiny(recipe, there).stages] == [1, 2, 0]
+    for name in ("tokenizer", "backbone"):
+        one, other = (newest_checkpoint(out / name) for out in (here, there))
+        assert one is not None and other is not None
+        assert (one / "state.pt").read_bytes() == (other / "state.pt").read_bytes()
+
+
 def test_what_does_not_fit_is_left_out(recipe, tmp_path, monkeypatch):
     here = tmp_path / "here"
     killed(recipe, here, monkeypatch)
@@ -238,6 +306,11 @@ def test_what_does_not_fit_is_left_out(recipe, tmp_path, monkeypatch):
         assert said in lines[1] and json.loads((tmp_path / form / MANIFEST).read_text())["form"] == form
         there = tmp_path / f"there, {form}"
         assert said in unpack(tiny(recipe, there), tmp_path / form)[1]
+        before, after = (torch.load(newest_checkpoint(out / "backbone") / "state.pt") for out in (here, there))
+        assert after["optimizer"] is None and before["model"].keys() == after["model"].keys()
+        for name, value in before["model"].items():
+            kept = value.bfloat16().float() if form == "rounded" and value.dtype == torch.float32 else value
+            assert torch.equal(after["model"][name], kept), name
         with pytest.warns(UserWarning, match="packed without the optimizer's state, which starts afresh"):
             assert run_stages(tiny(recipe, there), only="backbone", say=lambda text: None)
     with pytest.raises(ValueError, match=r"more than the 0\.0 that pieces may have; pass a higher --mebibytes"):
@@ -274,6 +347,7 @@ def test_pieces_that_will_not_do(recipe, straight, tmp_path):
     refused("which is not what --pack writes", files=[one, one | {"bytes": 0}, *others])
     refused("do not make up its files", files=[one | {"bytes": one["bytes"] + 1}, *others])
     refused("does not come out of the pieces", files=[one | {"sha256": "0" * 64}, *others])
+    refused("do not make up its files", files=[])
     refused("is no manifest of a packed run", files=3)
     refused("is no manifest of a packed run", format=2)
     (pieces / MANIFEST).write_text(json.dumps(manifest))

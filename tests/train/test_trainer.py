@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from noisy_run import Kill, Noisy, assert_same_run, config, weights
-from tiny_runs import SCHEDULE, TINY, curve, written
+from tiny_runs import NEEDS_MUON, SCHEDULE, TINY, curve, written
 
 from scaleweaver import VARControlPipeline
 from scaleweaver.evaluate.attributes import AttributeJudge
@@ -24,12 +24,13 @@ from scaleweaver.train import run
 from scaleweaver.train.backbone import BackboneRecipe
 from scaleweaver.train.batches import check_room
 from scaleweaver.train.checkpoints import newest_checkpoint
+from scaleweaver.train.config import TrainConfig
 from scaleweaver.train.control import ControlRecipe
 from scaleweaver.train.data import Renders, as_pixels, cached_latents, shuffled, to_images
 from scaleweaver.train.judge import JudgeRecipe
 from scaleweaver.train.throughput import read_summary
 from scaleweaver.train.tokenizer import TokenizerRecipe
-from scaleweaver.train.trainer import TrainConfig, train
+from scaleweaver.train.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,8 @@ def test_settings_that_nothing_reads_are_refused(tmp_path):
         run(written(tmp_path, values), {"data": {"path": "x", "split": "val", "count": 1, "sise": 32}})
     with pytest.raises(ValueError, match="lack path, count; "):
         Renders({"split": "val"})
+    with pytest.raises(ValueError, match="cannot be parted; set path, and count"):
+        Renders({"path": "x", "split": "val", "parts": 2})
 
 
 def test_nested_settings_are_changed_and_numbers_read(tmp_path):
@@ -254,6 +257,7 @@ def test_a_decoder_learns_alone(results, tmp_path):
     assert {"l1", "edges", "val_psnr"} <= {row[1] for row in curve(tmp_path / "run")}
 
 
+@NEEDS_MUON
 def test_a_backbone_goes_on_from_a_pipeline(results, tmp_path):
     pictures = {"data": str(results / "train"), "val_data": str(results / "val"), "schedule": SCHEDULE}
     options = TINY | pictures | {"recipe": "backbone", "out": str(tmp_path / "run"), "optimizer": "muon"}
@@ -271,16 +275,40 @@ def test_a_backbone_goes_on_from_a_pipeline(results, tmp_path):
     other.save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match="train on the tokenizer it knows"):
         run(written(tmp_path, options | {"vae": str(tmp_path / "vae"), "out": str(tmp_path / "other")}))
+    vae = BSQTokenizer.from_pretrained(options["vae"])
+    options |= {"vae": str(tmp_path / "changed"), "out": str(tmp_path / "third")}
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.add_(1.0)
+    vae.bfloat16().save_pretrained(tmp_path / "changed")  # the codes of both are the same
+    assert BackboneRecipe(TrainConfig.from_mapping(options)).transformer.config == saved.transformer.config
+    with torch.no_grad():
+        vae.encoder.conv_out.bias.add_(1.0)
+    vae.save_pretrained(tmp_path / "changed")
+    with pytest.raises(ValueError, match="was trained on codes of another encoder"):
+        BackboneRecipe(TrainConfig.from_mapping(options))
 
 
 def test_captions_that_say_everything(results):
     renders = Renders(str(results / "train"))
     scenes = [sample_scene(*renders.source(row)) for row in range(5)]
-    rng = np.random.default_rng(0)
-    assert renders.told_in_full(range(5), ["x"] * 5, 1.0, rng) == [explicit_caption(scene) for scene in scenes]
-    assert renders.told_in_full(range(5), ["x"] * 5, 0.0, rng) == ["x"] * 5
-    mixed = renders.told_in_full([0] * 400, ["x"] * 400, 0.25, rng)
-    assert 60 < sum(text != "x" for text in mixed) < 140
+    told = [explicit_caption(scene) for scene in scenes]
+    assert renders.told_in_full(range(5), ["x"] * 5, [True] * 5) == told
+    mixed = renders.told_in_full(range(5), ["x", "x", "", "", "x"], [True, False, True, False, False])
+    assert mixed == [told[0], "x", "", "", "x"]
+
+
+def test_a_share_of_captions_says_everything(results, tmp_path):
+    """An empty prompt stays empty: it stands for the picture without its caption."""
+    values = json.loads((results / "backbone/config.json").read_text())
+    values |= values.pop("options") | {"out": str(tmp_path), "latents": str(results / "backbone/latents")}
+    recipe = BackboneRecipe(TrainConfig.from_mapping(values | {"empty_prompts": 0.3, "explicit_captions": 0.5}))
+    explicit = [recipe.renders.explicit_caption(row) for row in range(len(recipe.renders))]
+    limit = recipe.transformer.config["text_length"]
+    ids = recipe.tokenizer(["", *explicit], truncation=True, max_length=limit)["input_ids"]
+    batch = recipe.batch(0, 200)
+    found = [row[mask.bool()].tolist() for row, mask in zip(batch["ids"], batch["mask"], strict=True)]
+    empty, full = (sum(row in some for row in found) for some in (ids[:1], ids[1:]))
+    assert 35 < empty < 85 and 45 < full < 95
 
 
 def test_pictures_rendered_when_read_are_encoded_with_the_step(results, tmp_path):
@@ -312,7 +340,7 @@ def test_renders_name_their_scenes_and_missing_maps(results, tmp_path):
         renders.skeleton(0)
 
 
-def test_latents_are_computed_again_for_another_tokenizer(results, tmp_path):
+def test_latents_are_computed_again_for_another_tokenizer(results, tmp_path, monkeypatch):
     vae, renders = BSQTokenizer.from_pretrained(results / "tokenizer/result/vae"), Renders(str(results / "val"))
     first = np.array(cached_latents(tmp_path, vae, renders))
     assert first.shape == (2, 4, 4, 4)
@@ -328,5 +356,9 @@ def test_latents_are_computed_again_for_another_tokenizer(results, tmp_path):
     assert json.loads((tmp_path / "latents.json").read_text()) == mark
     with torch.no_grad():
         vae.encoder.conv_out.bias.add_(1.0)
+    with monkeypatch.context() as patch, pytest.raises(AttributeError):  # killed before the first rows are there
+        patch.delattr(BSQTokenizer, "encode")
+        cached_latents(tmp_path, vae, renders)
+    assert not (tmp_path / "latents.json").exists()  # nothing takes the empty file for latents
     other = cached_latents(tmp_path, vae, renders)
     assert not (other == 7).any() and not np.array_equal(other, first)
