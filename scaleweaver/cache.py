@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from scaleweaver.contracts import CachePolicy, Steps
-from scaleweaver.kernels.attention import attend
-from scaleweaver.masks import scale_mask
+from scaleweaver.kernels.dispatch import runs_kernel
+from scaleweaver.kernels.interval_attention import attend_ranges
+from scaleweaver.masks import key_ranges
 from scaleweaver.schedule import ScaleStep
+
+_LAST = -1  # in place of a layer: the buffer that all layers share at the last scale
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,27 @@ class KVCache:
     def __init__(self, policy: CachePolicy | None = None) -> None:
         self.policy: CachePolicy = FullCache() if policy is None else policy
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # (R, H, capacity, D), written in place on GPUs
+
+    def room(self, layer: int, steps: Steps, projection: Tensor, heads: int) -> tuple[Tensor, Tensor] | None:
+        """Memory (R, H, L, D) for keys and values of `steps` behind this layer's history, so that `attend` copies
+        nothing; None where no kernel fills it or a policy thins it out. `projection` (R, L, 3C) has their dtype.
+        """
+        # policies that thin out a layer make new tensors of what they keep: to them a buffer would be waste
+        if torch.is_grad_enabled() or type(self.policy) is not FullCache or not runs_kernel(projection):
+            return None
+        rows, tokens, width = projection.shape
+        history, schedule = self.tokens(layer), steps[0].schedule
+        # nobody reads the last scale again: all layers lay it out in one buffer, behind a copy of their history
+        place, kept = (_LAST, schedule.length) if steps[-1].is_last else (layer, schedule.steps[-1].start)
+        shape = (rows, heads, max(kept, history + tokens), width // (3 * heads))
+        buffers = self._buffers.get(place)
+        if buffers is None or buffers[0].shape != shape or buffers[0].dtype != projection.dtype:
+            buffers = self._buffers[place] = (projection.new_empty(shape), projection.new_empty(shape))
+        for past, buffer in zip(self._layers.get(layer, ()), buffers, strict=False):
+            if past.data_ptr() != buffer.data_ptr():
+                buffer[:, :, :history] = past
+        return buffers[0][:, :, history : history + tokens], buffers[1][:, :, history : history + tokens]
 
     def attend(
         self, layer: int, steps: Steps, q: Tensor, k: Tensor, v: Tensor, return_lse: bool = False
@@ -73,14 +97,20 @@ class KVCache:
         k = k.to(v.dtype)
         history = self.tokens(layer)
         if history:
-            past_k, past_v = self._layers[layer]
-            k = torch.cat((past_k, k), dim=2)  # (R, H, history + L, D)
-            v = torch.cat((past_v, v), dim=2)  # (R, H, history + L, D)
-        mask = scale_mask(steps, "block_causal", history, q.device) if len(steps) > 1 else None
-        result = attend(q.to(v.dtype), k, v, mask=mask, return_lse=return_lse)
+            k, v = self._behind_history(layer, steps, k, v)  # (R, H, history + L, D)
+        ranges = key_ranges(steps, "block_causal", history) if len(steps) > 1 else None
+        result = attend_ranges(q.to(v.dtype), k, v, ranges, return_lse=return_lse)
         if not steps[-1].is_last:
             self._commit(layer, steps, q, k, v, history)
         return result
+
+    def _behind_history(self, layer: int, steps: Steps, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        past_k, past_v = self._layers[layer]
+        history, end = past_k.shape[2], past_k.shape[2] + k.shape[2]
+        buffers = self._buffers.get(_LAST if steps[-1].is_last else layer)
+        if buffers is not None and buffers[0][:, :, history:end].data_ptr() == k.data_ptr():  # written there already
+            return buffers[0][:, :, :end], buffers[1][:, :, :end]  # (R, H, history + L, D)
+        return torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)  # (R, H, history + L, D)
 
     def _commit(self, layer: int, steps: Steps, q: Tensor, k: Tensor, v: Tensor, history: int) -> None:
         commits = [self.policy.commits(step) for step in steps]
@@ -106,20 +136,23 @@ class KVCache:
     def select_rows(self, rows: Tensor) -> None:
         """Go on with other rows: rows (R',) int64 indexes the present ones."""
         self._layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self._layers.items()}
+        self._buffers.clear()
 
     def drop_layers(self, layers: Iterable[int]) -> None:
         """Forget the history of these layers."""
         for layer in layers:
             self._layers.pop(layer, None)
+            self._buffers.pop(layer, None)
 
     def tokens(self, layer: int) -> int:
         """Number of tokens this layer remembers."""
         return self._layers[layer][0].shape[2] if layer in self._layers else 0
 
     def nbytes(self) -> int:
-        """Memory of all keys and values in bytes."""
+        """Memory of all keys and values in bytes, without room that is kept for those of later scales."""
         return sum(t.numel() * t.element_size() for pair in self._layers.values() for t in pair)
 
     def reset(self) -> None:
         """Forget everything."""
         self._layers.clear()
+        self._buffers.clear()

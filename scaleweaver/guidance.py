@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from scaleweaver.kernels.bit_sampling import weighted_sum
 from scaleweaver.schedule import ScaleStep
 
 
@@ -58,9 +59,13 @@ class ClassifierFreeGuidance:
     def alive(self, step: ScaleStep) -> int:
         return 1 if set(self.scale[step.index :]) == {1.0} else 2
 
-    def combine(self, logits: Tensor, step: ScaleStep) -> Tensor:
+    def weights(self, step: ScaleStep) -> tuple[float, ...]:
+        """What the logits of each branch that is alive count."""
         s = 1.0 if self.insert_after is not None else self.scale[step.index]
-        return weighted_sum(logits.chunk(self.alive(step)), (s, 1 - s))  # (B, L, X)
+        return (s, 1 - s)[: self.alive(step)]
+
+    def combine(self, logits: Tensor, step: ScaleStep) -> Tensor:
+        return weighted_sum(logits.chunk(self.alive(step)), self.weights(step))  # (B, L, X)
 
     def mix(self, layer: int, x: Tensor, step: ScaleStep) -> Tensor:
         if layer != self.insert_after or self.alive(step) == 1:
@@ -110,11 +115,14 @@ class ControlGuidance:
     def alive(self, step: ScaleStep) -> int:
         return self._needed(step.index)
 
-    def combine(self, logits: Tensor, step: ScaleStep) -> Tensor:
+    def weights(self, step: ScaleStep) -> tuple[float, ...]:
+        """What the logits of each branch that is alive count."""
         text, together = self.text[step.index], self.all[step.index]
         parts = [scale[step.index] - 1 for scale in self.parts]
-        weights = (text, together - text, 1 - together - sum(parts), *parts)
-        return weighted_sum(logits.chunk(self.alive(step)), weights)  # (B, L, X)
+        return (text, together - text, 1 - together - sum(parts), *parts)[: self.alive(step)]
+
+    def combine(self, logits: Tensor, step: ScaleStep) -> Tensor:
+        return weighted_sum(logits.chunk(self.alive(step)), self.weights(step))  # (B, L, X)
 
     def mix(self, layer: int, x: Tensor, step: ScaleStep) -> Tensor:
         return x
@@ -130,11 +138,3 @@ class ControlGuidance:
 def _last(scale: Sequence[float]) -> int:
     """The last scale whose weight is not 1, -1 if there is none."""
     return max((index for index, weight in enumerate(scale) if weight != 1), default=-1)
-
-
-def weighted_sum(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Sum of the parts times their weights; a part of weight 0 is not touched, one of weight 1 is passed as it is."""
-    terms = [
-        part if weight == 1 else part * weight for part, weight in zip(parts, weights, strict=False) if weight != 0
-    ]
-    return sum(terms[1:], start=terms[0])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import torch
@@ -22,9 +23,11 @@ from torch import Tensor
 
 from scaleweaver.contracts import Injection, Steps
 from scaleweaver.guidance import per_scale
-from scaleweaver.kernels.attention import attend, merge
-from scaleweaver.masks import scale_mask
-from scaleweaver.schedule import ScaleSchedule
+from scaleweaver.kernels.attention import merge
+from scaleweaver.kernels.interval_attention import Nearness, attend_ranges
+from scaleweaver.kernels.key_ranges import KeyRanges
+from scaleweaver.masks import key_ranges
+from scaleweaver.schedule import ScaleSchedule, ScaleStep
 
 Fusion = Literal["separate", "joint"]
 Scope = Literal["same", "causal"]
@@ -156,25 +159,29 @@ class ReferenceBank:
                 )
 
 
-def reference_mask(steps: Steps, scope: Scope, device: torch.device) -> Tensor | None:
-    """Who of the tokens of `steps` sees which key of `ReferenceBank.read`: bool (L, K), or None when all see all."""
+def reference_ranges(steps: Steps, scope: Scope) -> KeyRanges | None:
+    """Who of the tokens of `steps` sees which key of `ReferenceBank.read`; None when all see all."""
     if len(steps) == 1:
         return None
     if scope == "same":
-        return scale_mask(steps, "same_scale", device=device)
-    return scale_mask(steps, "block_causal", steps[0].start, device)
+        return key_ranges(steps, "same_scale")
+    return key_ranges(steps, "block_causal", steps[0].start)
 
 
-def squared_distances(steps: Steps, scope: Scope, device: torch.device) -> Tensor:
-    """Between the tokens of `steps` and the keys of `ReferenceBank.read` (L, K), in cells of the token's own grid."""
-    known = steps if scope == "same" else [*steps[0].schedule.steps[: steps[0].index], *steps]
-    keys = torch.cat([_centres(step.h, step.w, device) for step in known])  # (K, 2)
-    rows = []
-    for step in steps:
-        size = torch.tensor([step.h, step.w], device=device)
-        offsets = (_centres(step.h, step.w, device)[:, None] - keys) * size  # (n, K, 2)
-        rows.append(offsets.square().sum(-1))
-    return torch.cat(rows)  # (L, K)
+def nearness(steps: Steps, scope: Scope, penalty: Tensor, device: torch.device) -> Nearness:
+    """The penalty of distance between the tokens of `steps` and the keys of `ReferenceBank.read`."""
+    return Nearness(penalty, *_places(tuple(steps), scope, device))
+
+
+@lru_cache(maxsize=64)
+def _places(steps: tuple[ScaleStep, ...], scope: Scope, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the tokens of `steps` lie (L, 2), the grids they lie on (L, 2), and where the keys lie (K, 2)."""
+    known = steps if scope == "same" else (*steps[0].schedule.steps[: steps[0].index], *steps)
+    # a tensor made under inference_mode could not be used for training later
+    with torch.inference_mode(False):
+        at, keys_at = (torch.cat([_centres(step.h, step.w, device) for step in each]) for each in (steps, known))
+        grids = [torch.tensor([step.h, step.w]).expand(step.n, 2) for step in steps]
+        return at, torch.cat(grids).to(device), keys_at
 
 
 def _centres(h: int, w: int, device: torch.device) -> Tensor:
@@ -271,12 +278,9 @@ class ReferenceInjector:
             weight = weight[weight_rows]  # (R, L)
         readers = q if seen is None else q[seen]
         joint = self.reader.fusion == "joint"
-        mask = reference_mask(steps, self.reader.scope, q.device)
-        penalty = self.reader.penalty(layer)
-        if penalty is not None:
-            near = -penalty * squared_distances(steps, self.reader.scope, q.device)  # (L, K)
-            mask = near if mask is None else near.masked_fill(~mask, -torch.inf)
-        out, out_lse = attend(readers.to(v.dtype), k, v, mask=mask, return_lse=joint)  # (R, H, L, D)
+        ranges, penalty = reference_ranges(steps, self.reader.scope), self.reader.penalty(layer)
+        near = None if penalty is None else nearness(steps, self.reader.scope, penalty, q.device)
+        out, out_lse = attend_ranges(readers.to(v.dtype), k, v, ranges, nearness=near, return_lse=joint)  # (R, H, L, D)
         if joint:
             merged, merged_lse = self._join(attended, lse, out, out_lse, weight, seen)
             return Injection(merged, lse=merged_lse)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scaleweaver.guidance import per_scale
+from scaleweaver.kernels.bit_sampling import sample_bits
 from scaleweaver.schedule import ScaleStep
 
 
@@ -37,19 +38,16 @@ class BitwiseSampler:
 
     def tempered(self, logits: Tensor, step: ScaleStep) -> Tensor:
         """Guided logits (B, L, 2N) as they are sampled from, float32."""
-        return logits.float() / per_scale(self.temperature, len(step.schedule), "temperature")[step.index]
+        return logits.float() / self._temperature(step)
 
     def sample(self, logits: Tensor, step: ScaleStep, generators: Sequence[torch.Generator]) -> Tensor:
         """logits (B, L, 2N), pair 2j, 2j + 1 for bit j -> bits (B, L, N) uint8; image i draws from generators[i]."""
-        pairs: Tensor = self.tempered(logits, step).unflatten(-1, (-1, 2))  # (B, L, N, 2)
-        likeliest = (pairs[..., 1] > pairs[..., 0]).to(torch.uint8)  # (B, L, N)
-        if self.top_k == 1:
-            return likeliest
-        p = pairs.softmax(dim=-1)  # (B, L, N, 2)
-        bits = draw(p, generators).to(torch.uint8)  # (B, L, N)
-        if 0 < self.top_p < 1:
-            bits = torch.where(p.amin(dim=-1) <= 1 - self.top_p, likeliest, bits)
-        return bits
+        shape = (*logits.shape[:2], logits.shape[2] // 2, 2)  # (B, L, N, 2)
+        noise = None if self.top_k == 1 else exponential(shape, generators, logits.device)
+        return sample_bits(logits, noise, temperature=self._temperature(step), top_p=self.top_p)  # (B, L, N)
+
+    def _temperature(self, step: ScaleStep) -> float:
+        return per_scale(self.temperature, len(step.schedule), "temperature")[step.index]
 
 
 def draw(p: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -57,10 +55,15 @@ def draw(p: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 
     argmax p / e with e ~ Exp(1): what torch.multinomial computes, with the noise of image i from generators[i].
     """
-    if len(generators) != len(p):
-        raise ValueError(f"{len(generators)} generators for {len(p)} images; pass one per image")
-    noise = torch.empty_like(p)
+    return (p / exponential(p.shape, generators, p.device).to(p.dtype)).argmax(dim=-1)
+
+
+def exponential(shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
+    """Exp(1) noise of shape (B, ...) float32, that of image i from generators[i]."""
+    if len(generators) != shape[0]:
+        raise ValueError(f"{len(generators)} generators for {shape[0]} images; pass one per image")
+    noise = torch.empty(tuple(shape), dtype=torch.float32, device=device)
     for row, generator in zip(noise, generators, strict=True):
         fresh = torch.empty(row.shape, dtype=torch.float32, device=generator.device)
         row.copy_(fresh.exponential_(generator=generator))
-    return (p / noise).argmax(dim=-1)
+    return noise

@@ -2,6 +2,12 @@
 
 import os
 
+import torch
+
 # before any test imports a library that reads them
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# kernels run in Triton's interpreter, which must be known before Triton is imported; on a GPU they run natively
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

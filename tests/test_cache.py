@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from scaleweaver.cache import FullCache, KVCache, NoCache, SlidingWindow
 from scaleweaver.kernels.attention import attend_reference
+from scaleweaver.kernels.dispatch import use_kernels
 
 R, H, D = 2, 3, 8
 STEPS = tiny_schedule().steps
@@ -66,6 +67,39 @@ def test_keys_take_the_values_dtype():
     out, _ = cache.attend(0, STEPS[:1], q, k, v.bfloat16())
     assert out.dtype == torch.bfloat16
     assert cache.nbytes() == 2 * R * H * D * 2
+
+
+@torch.inference_mode()
+def test_keys_written_in_place_serve_like_copies():
+    copied, placed = KVCache(), KVCache()
+    for step in STEPS:
+        for layer in (0, 1):
+            q, k, v = qkv(step.n, 10 * layer + step.index)
+            want, _ = copied.attend(layer, (step,), q, k, v)
+            before = placed._layers[layer][0] if step.index == 1 else None
+            with use_kernels(True):
+                room = placed.room(layer, (step,), torch.empty(R, step.n, 3 * H * D), H)
+                got, _ = placed.attend(layer, (step,), q, room[0].copy_(k), room[1].copy_(v))
+            assert_close(got, want)
+            if before is not None:  # the history has not moved
+                assert placed._layers[layer][0].data_ptr() == before.data_ptr()
+        assert placed.nbytes() == copied.nbytes()
+        if step.index == 1:
+            for cache in (copied, placed):
+                cache.select_rows(torch.tensor([1, 0]))
+    placed.reset()
+    assert placed.nbytes() == 0
+
+
+def test_room_is_for_kernels_that_keep_everything():
+    projection = torch.empty(R, 1, 3 * H * D)
+    with torch.no_grad():
+        assert KVCache().room(0, STEPS[:1], projection, H) is None
+        with use_kernels(True):
+            assert KVCache(SlidingWindow(9)).room(0, STEPS[:1], projection, H) is None
+            assert KVCache().room(0, STEPS[:1], projection, H)[0].shape == (R, H, 1, D)
+    with use_kernels(True):
+        assert KVCache().room(0, STEPS[:1], projection, H) is None  # a gradient would be asked for
 
 
 def test_no_cache_sees_the_scale_alone():

@@ -18,10 +18,12 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from scaleweaver.backbones.layers import Block, Padding, TextPool, modulate
-from scaleweaver.backbones.rope import Rope, rope_table
+from scaleweaver.backbones.layers import Block, Padding, TextPool
+from scaleweaver.backbones.rope import rope_table
 from scaleweaver.cache import KVCache
 from scaleweaver.contracts import Injector, Steps, TextContext, TextFeatures
+from scaleweaver.kernels.gate_norm import modulate
+from scaleweaver.kernels.qkv_rope import Rope
 from scaleweaver.schedule import ScaleStep
 
 _T5_XL = 2048  # width of flan-t5-xl, the text encoder of all published models

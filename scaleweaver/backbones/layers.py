@@ -7,28 +7,20 @@ The residual stream, norms, attention scales and RoPE stay float32 whatever the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaleweaver.backbones.rope import Rope, rotate
 from scaleweaver.cache import KVCache
 from scaleweaver.contracts import Injector, Steps, TextContext
 from scaleweaver.kernels.attention import attend
+from scaleweaver.kernels.gate_norm import gate_norm, modulate
+from scaleweaver.kernels.qkv_rope import Rope, qkv_rope
 
-_MAX_LOG_SCALE = math.log(100)
-
-
-def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
-    """LN(x) * (1 + scale) + shift, the norm without weights; x (R, L, C), scale and shift (R, 1, C)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
-
-
-def unit(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
-    """x along its last axis scaled to the given length."""
-    return x * (length / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12))
+Room = Callable[[Tensor, int], tuple[Tensor, Tensor] | None]  # (projection, heads) -> where keys and values go
 
 
 class SelfAttention(nn.Module):
@@ -43,16 +35,14 @@ class SelfAttention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(4)))
         self.proj = nn.Linear(width, width)
 
-    def project(self, y: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """y (R, L, C) -> q, k, v (R, H, L, D); q and k normalised, q scaled, both rotated."""
+    def project(self, y: Tensor, rope: Rope, room: Room | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """y (R, L, C) -> q, k, v (R, H, L, D); q and k normalised, q scaled, both rotated.
+
+        `room` may offer memory for k and v, `KVCache.room` of this layer.
+        """
         qkv = self.qkv(y.to(self.q_bias.dtype))  # (R, L, 3C)
-        q, k, v = qkv.chunk(3, dim=-1)  # (R, L, C)
-        v = (v + self.v_bias.to(v.dtype)).unflatten(-1, (self.heads, -1))  # (R, L, H, D)
-        q = (q.float() + self.q_bias.float()).unflatten(-1, (self.heads, -1))  # (R, L, H, D)
-        k = k.float().unflatten(-1, (self.heads, -1))  # (R, L, H, D)
-        length = self.log_scale.float().clamp(max=_MAX_LOG_SCALE).exp()[:, None]  # (H, 1)
-        q, k = rotate(unit(q, length), rope), rotate(unit(k), rope)  # (R, L, H, D)
-        return q.to(v.dtype).transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2)  # (R, H, L, D)
+        into = None if room is None else room(qkv, self.heads)
+        return qkv_rope(qkv, self.q_bias, self.v_bias, self.log_scale, rope, into=into)  # (R, H, L, D)
 
     def output(self, o: Tensor) -> Tensor:
         """Attention result (R, H, L, D) -> (R, L, C)."""
@@ -162,7 +152,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """x (R, L, C) float32 -> the same shape; `layer` names this block to the cache and the injectors."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = self.gates(text.modulation)
-        q, k, v = self.attn.project(modulate(x, scale1, shift1, self.eps), rope)  # (R, H, L, D)
+        y = modulate(x, scale1, shift1, self.eps, dtype=self.attn.q_bias.dtype)  # (R, L, C)
+        q, k, v = self.attn.project(y, rope, partial(cache.room, layer, steps))  # (R, H, L, D)
         wants_lse = any(injector.needs_lse(layer) for injector in injectors)
         attended, lse = cache.attend(layer, steps, q, k, v, return_lse=wants_lse)  # (R, H, L, D)
         inside, outside = [], []
@@ -171,14 +162,15 @@ class Block(nn.Module):
             attended, lse = injection.attended, lse if injection.lse is None else injection.lse
             inside += [] if injection.before_gate is None else [injection.before_gate]
             outside += [] if injection.after_gate is None else [injection.after_gate]
-        x = torch.addcmul(x, self._drop(gamma1), sum(inside, self.attn.output(attended)))
-        x = sum(outside, x)
-        x = x + self.cross(self._cross_norm(x), text.keys[layer], text.values[layer], text.mask)
-        return torch.addcmul(x, self._drop(gamma2), self.ffn(modulate(x, scale2, shift2, self.eps)))
-
-    def _cross_norm(self, x: Tensor) -> Tensor:
-        norm = self.cross_norm
-        return F.layer_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+        norm, gate = self.cross_norm, self._drop(gamma1)
+        branch = sum(inside, self.attn.output(attended))  # (R, L, C)
+        x, y = gate_norm(
+            x, branch, gate, norm.weight, norm.bias,
+            eps=norm.eps, affine=True, terms=outside, dtype=self.cross.v_bias.dtype,
+        )  # fmt: skip
+        branch = self.cross(y, text.keys[layer], text.values[layer], text.mask)
+        x, y = gate_norm(x, branch, None, scale2, shift2, eps=self.eps, dtype=self.ffn.fc1.bias.dtype)
+        return torch.addcmul(x, self._drop(gamma2), self.ffn(y))
 
     def _drop(self, gamma: Tensor) -> Tensor:
         """Stochastic depth: a row's whole branch goes with probability `drop_path`; closing its gate does that."""

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scaleweaver.kernels.qkv_rope import Rope
 from scaleweaver.schedule import ScaleStep, rope_position
-
-Rope = tuple[Tensor, Tensor]
 
 
 def rope_table(
@@ -67,10 +66,3 @@ def _resized(step: ScaleStep, frequency: Tensor, mode: int, grid: int) -> Rope:
     small = F.interpolate(images, size=(step.h, step.w), mode="bilinear", align_corners=True)  # (2, D/2, h, w)
     cos, sin = small.flatten(2).transpose(1, 2)  # (n, D/2)
     return cos, sin
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn the interleaved pairs of x (R, L, H, D) float32 by the angles of a (L, D/2) table."""
-    turn = torch.complex(*rope)[:, None]  # (L, 1, D/2)
-    # one complex product is several times faster than the same in real parts
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)  # (R, L, H, D)

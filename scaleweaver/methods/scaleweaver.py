@@ -35,11 +35,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scaleweaver.backbones.layers import modulate
 from scaleweaver.contracts import TextContext
-from scaleweaver.kernels.attention import attend
+from scaleweaver.kernels.gate_norm import gate_norm, modulate
+from scaleweaver.kernels.interval_attention import attend_ranges
+from scaleweaver.kernels.key_ranges import KeyRanges
 from scaleweaver.lora import lora_enabled, require_lora
-from scaleweaver.reference import Fusion, Position, ReferenceBank, Scope, reference_mask
+from scaleweaver.reference import Fusion, Position, ReferenceBank, Scope, reference_ranges
 from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.tokenizers.target import ResidualTarget
 
@@ -248,11 +249,11 @@ def prefill(
         c = backbone.code_embed(inputs.to(backbone.code_embed.weight.dtype)).float()  # (Bc | R, T, C)
         c = c + backbone.level_embedding(steps) + adapter.type_embed
     rope = backbone.rope(steps)
-    mask = reference_mask(steps, adapter.scope, c.device)
+    ranges = reference_ranges(steps, adapter.scope)
     keys: dict[int, Tensor] = {}
     values: dict[int, Tensor] = {}
     for layer in range(adapter.blocks[-1] + 1):
-        arguments = (backbone.blocks[layer], name, c, modulation, rope, mask, layer == adapter.blocks[-1])
+        arguments = (backbone.blocks[layer], name, c, modulation, rope, ranges, layer == adapter.blocks[-1])
         if getattr(backbone, "gradient_checkpointing", False) and torch.is_grad_enabled():
             c, k, v = checkpoint(condition_block, *arguments, use_reentrant=False)
         else:
@@ -263,7 +264,7 @@ def prefill(
 
 
 def condition_block(
-    block: Any, name: str, c: Tensor, modulation: Tensor, rope: Any, mask: Tensor | None, last: bool
+    block: Any, name: str, c: Tensor, modulation: Tensor, rope: Any, ranges: KeyRanges | None, last: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One backbone block on condition tokens (Bc, T, C), without text: the tokens and their keys and values.
 
@@ -271,12 +272,14 @@ def condition_block(
     """
     with lora_enabled(block, name):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = block.gates(modulation)
-        q, k, v = block.attn.project(modulate(c, scale1, shift1, block.eps), rope)  # (Bc, H, T, D)
+        y = modulate(c, scale1, shift1, block.eps, dtype=block.attn.q_bias.dtype)  # (Bc, T, C)
+        q, k, v = block.attn.project(y, rope)  # (Bc, H, T, D)
         if last:  # nobody reads these tokens any further
             return c, k, v
-        out, _ = attend(q.to(v.dtype), k.to(v.dtype), v, mask=mask)  # (Bc, H, T, D)
-        c = torch.addcmul(c, gamma1, block.attn.output(out))
-        return torch.addcmul(c, gamma2, block.ffn(modulate(c, scale2, shift2, block.eps))), k, v
+        out, _ = attend_ranges(q.to(v.dtype), k.to(v.dtype), v, ranges)  # (Bc, H, T, D)
+        dtype = block.ffn.fc1.bias.dtype
+        c, y = gate_norm(c, block.attn.output(out), gamma1, scale2, shift2, eps=block.eps, dtype=dtype)
+        return torch.addcmul(c, gamma2, block.ffn(y)), k, v
 
 
 def _modulation(backbone: Any, config: ScaleWeaverConfig, text: TextContext | None, rows: int) -> tuple[Tensor, int]:

@@ -11,10 +11,11 @@ from torch.testing import assert_close
 
 from scaleweaver.backbones.infinity import PRESETS, InfinityTransformer
 from scaleweaver.backbones.layers import modulate
-from scaleweaver.backbones.rope import rope_table, rotate
+from scaleweaver.backbones.rope import rope_table
 from scaleweaver.cache import KVCache, NoCache
 from scaleweaver.contracts import Injection, TextFeatures
 from scaleweaver.convert.keymap import chunk_size, infinity_key
+from scaleweaver.kernels.qkv_rope import rotate
 from scaleweaver.schedule import ScaleSchedule, infinity_schedule
 from scaleweaver.train.losses import bit_loss
 
