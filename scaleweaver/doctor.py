@@ -68,7 +68,11 @@ def _devices() -> list[Finding]:
 
 
 def _kernels() -> list[Finding]:
-    return [Finding("system", "kernels", "attention: torch; Triton kernels on NVIDIA GPUs from 8.0 with SCALEWEAVER_KERNELS=1")]
+    return [
+        Finding(
+            "system", "kernels", "attention: torch; Triton kernels on NVIDIA GPUs from 8.0 with SCALEWEAVER_KERNELS=1"
+        )
+    ]
 
 
 def _check(topic: str, requirement: Requirement, fix: str, lacking: Status) -> Finding:

@@ -352,7 +352,8 @@ def test_latents_are_computed_again_for_another_tokenizer(results, tmp_path, mon
     (tmp_path / "latents.json").write_text(json.dumps(mark | {"rows": 1}))
     np.lib.format.open_memmap(tmp_path / "latents.npy", mode="r+")[:] = 7
     again = cached_latents(tmp_path, vae, renders)
-    assert (again[0] == 7).all() and np.array_equal(again[1], first[1])
+    assert (again[0] == 7).all()
+    np.testing.assert_allclose(again[1], first[1], atol=5e-3)  # alone in its batch, so summed in another order
     assert json.loads((tmp_path / "latents.json").read_text()) == mark
     with torch.no_grad():
         vae.encoder.conv_out.bias.add_(1.0)
