@@ -164,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figure(read_table(options.table)).quantize(64).save(options.out, optimize=True)
     for document in options.into:
         link = os.path.relpath(options.out, document.parent)
-        fill(document, {"curve": f"![Reconstruction, bit loss and gain of the controls over all steps]({link})"})
+        what = "Reconstruction, bit loss and gain of the controls over the steps of the stages named below"
+        fill(document, {"curve": f"![{what}]({link})"})
     print(f"{options.out}: {options.out.stat().st_size / 1e3:.0f} kB")
 
 

@@ -59,6 +59,8 @@ def train(
         from scaleweaver.train.stages import read_plan
 
         stages = read_plan(chosen, preset, out=out, overrides=settings)
+        if stage is not None:
+            stages.find(stage)  # complains of a name that is none
         if plan:
             _print_plan(stages)
         elif pack is not None or unpack is not None:
