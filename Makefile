@@ -13,6 +13,7 @@ CONTROL ?= canny=examples/canny.png
 SEED ?= 7
 OUT ?= out/generate.png
 COUNT ?= 1000
+TEST_PROCESSES ?= 2
 RECIPE ?= recipes/toybox/canny.yaml
 
 .PHONY: help generate test lint render train clean
@@ -46,7 +47,7 @@ generate: $(VENV)/.installed
 	@$(BIN)/scaleweaver generate "$(PROMPT)" --model "$(MODEL)" --control "$(CONTROL)" --seed $(SEED) --out "$(OUT)"
 
 test: $(VENV)/.developer
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 # kernels/ and controls/ are scaleweaver.kernels and scaleweaver.controls to the type checker too
 build/types/scaleweaver:
