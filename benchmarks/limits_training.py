@@ -181,7 +181,7 @@ def held_out(
         for one, label in zip(logits.split(1), labels.split(1), strict=True):
             loss, scales, _ = bit_loss(one, label, schedule)
             found["loss"].append(float(loss))
-            found["right"].append(float(((one[..., 1::2] > one[..., 0::2]) == label.bool()).float().mean()))
+            found["right"].append(float(((one > 0) == label.bool()).float().mean()))
             found["scales"].append(scales.tolist())
     return {name: np.array(values) for name, values in found.items()}
 

@@ -6,6 +6,9 @@ With (out, lse) of two key sets, the softmax over both sets together is an exact
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,8 +60,14 @@ def _attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    with torch.autocast(q.device.type, enabled=False):
+    with outside_autocast(q):
         return (q.float() * scale if scale != 1.0 else q.float()) @ k.float().transpose(-2, -1)
+
+
+def outside_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast for x's device, nor an error where there is none: tensors of the meta device tell shapes alone."""
+    available = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if available else nullcontext()
 
 
 def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:

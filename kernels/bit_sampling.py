@@ -1,11 +1,11 @@
 """From logits to bits, and from bits to the codes that the latent adds up.
 
-Bit j of a token has two classes with logits l_j0, l_j1, mixed from guidance branches i of weight w_i. With temperature
-t, nucleus P and noise e ~ Exp(1), one number per class that torch's generators drew:
+Bit j of a token has a logit l_j, its log-odds of being 1, mixed from guidance branches i of weight w_i. With
+temperature t, nucleus P and noise e ~ Exp(1), one number for each value of the bit that torch's generators drew:
 
-    m_c = sum_i w_i l_ic / t                 p_c = exp(m_c) / (exp(m_0) + exp(m_1))
-    bit = [m_1 > m_0]                        where min(p_0, p_1) <= 1 - P: the rarer class is outside the nucleus
-    bit = [p_1 / e_1 > p_0 / e_0]            elsewhere, which is 1 with probability p_1
+    m = sum_i w_i l_i / t                    p_1 = 1 / (1 + exp(-m))        p_0 = 1 - p_1
+    bit = [m > 0]                            where min(p_0, p_1) <= 1 - P: the rarer value is outside the nucleus
+    bit = [p_1 e_0 > p_0 e_1]                elsewhere, which is 1 with probability p_1
 
 and its code is +1/sqrt(d) or -1/sqrt(d) in a unit vector of d bits. Infinity: Scaling Bitwise AutoRegressive Modeling
 for High-Resolution Image Synthesis (arXiv 2412.04431). A draw has no gradient, so neither has anything here.
@@ -29,6 +29,7 @@ from scaleweaver.kernels.dispatch import Kernel, runs_kernel
 if TYPE_CHECKING:
     import triton.language as tl
 
+    from scaleweaver.kernels.cast_triton import cast
     from scaleweaver.kernels.compile_gate import Build
 
 _BITS = 256  # that a program decides
@@ -43,21 +44,21 @@ def sample_bits(
     temperature: float = 1.0,
     top_p: float = 0.0,
 ) -> Tensor:
-    """logits (n B, L, 2N) of n branches, noise (B, L, N, 2) float32 -> bits (B, L, N) uint8.
+    """logits (n B, L, N) of n branches, noise (B, L, N, 2) float32 -> bits (B, L, N) uint8.
 
-    Without noise every bit is the likelier class. top_p of 0 and 1 is off.
+    Without noise every bit has its likelier value. top_p of 0 and 1 is off.
     """
-    rows, tokens, classes = logits.shape
+    rows, tokens, width = logits.shape
     images, left = divmod(rows, len(weights))
-    if left or classes % 2 or (noise is not None and noise.shape != (images, tokens, classes // 2, 2)):
+    if left or (noise is not None and noise.shape != (images, tokens, width, 2)):
         raise ValueError(
             f"logits {tuple(logits.shape)}, {len(weights)} weights and noise "
-            f"{None if noise is None else tuple(noise.shape)}: expected (weights * B, L, 2N) and (B, L, N, 2)"
+            f"{None if noise is None else tuple(noise.shape)}: expected (weights * B, L, N) and (B, L, N, 2)"
         )
     if not runs_kernel(logits):
         return sample_bits_reference(logits, noise, weights=weights, temperature=temperature, top_p=top_p)
     logits = logits.contiguous()
-    bits = torch.empty(images, tokens, classes // 2, dtype=torch.uint8, device=logits.device)
+    bits = torch.empty(images, tokens, width, dtype=torch.uint8, device=logits.device)
     _sample[(-(-bits.numel() // _BITS),)](
         logits, None if noise is None else noise.contiguous(), bits, bits.numel(), tuple(map(float, weights)),
         1 / temperature, 1 - top_p if 0 < top_p < 1 else -1.0,
@@ -76,16 +77,14 @@ def sample_bits_reference(
     top_p: float = 0.0,
 ) -> Tensor:
     """The formula in torch."""
-    mixed = weighted_sum(logits.float().chunk(len(weights)), weights) / temperature  # (B, L, 2N)
-    pairs = mixed.unflatten(-1, (-1, 2))  # (B, L, N, 2)
-    likeliest = (pairs[..., 1] > pairs[..., 0]).to(torch.uint8)  # (B, L, N)
+    m = weighted_sum(logits.float().chunk(len(weights)), weights) / temperature  # (B, L, N)
+    likelier = m > 0
     if noise is None:
-        return likeliest
-    p = pairs.softmax(dim=-1)  # (B, L, N, 2)
-    bits = (p / noise).argmax(dim=-1).to(torch.uint8)  # (B, L, N)
+        return likelier.to(torch.uint8)
+    bits = m.sigmoid() * noise[..., 0] > (-m).sigmoid() * noise[..., 1]  # (B, L, N)
     if 0 < top_p < 1:
-        bits = torch.where(p.amin(dim=-1) <= 1 - top_p, likeliest, bits)
-    return bits
+        bits = torch.where((-m.abs()).sigmoid() <= 1 - top_p, likelier, bits)
+    return bits.to(torch.uint8)
 
 
 def weighted_sum(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -129,21 +128,20 @@ def _sample(
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = i < total
-    classes = i[:, None] * 2 + tl.arange(0, 2)[None]  # (BLOCK, 2)
-    mixed = tl.zeros([BLOCK, 2], tl.float32)
+    m = tl.zeros([BLOCK], tl.float32)
     for branch in tl.static_range(BRANCHES):
         # to float32 at once: the interpreter's arithmetic on bfloat16 is wrong
-        part = tl.load(logits + branch * total * 2 + classes, mask=ok[:, None], other=0.0).to(tl.float32)
+        part = tl.load(logits + branch * total + i, mask=ok, other=0.0).to(tl.float32)
         # a branch of weight 0 may hold anything
-        mixed += tl.where(weights[branch] == 0.0, 0.0, part * weights[branch])
-    zero, one = tl.split(mixed * inverse_temperature)  # (BLOCK,)
-    bit = one > zero
+        m += tl.where(weights[branch] == 0.0, 0.0, part * weights[branch])
+    m *= inverse_temperature
+    bit = m > 0
     if NOISE:
-        e_zero, e_one = tl.split(tl.load(noise + classes, mask=ok[:, None], other=1.0))
-        top = tl.maximum(zero, one)
-        p_zero, p_one = tl.exp(zero - top), tl.exp(one - top)  # up to their common sum
-        inside = tl.minimum(p_zero, p_one) > rare * (p_zero + p_one)
-        bit = tl.where(inside, p_one * e_zero > p_zero * e_one, bit)
+        pairs = i[:, None] * 2 + tl.arange(0, 2)[None]  # (BLOCK, 2)
+        e_zero, e_one = tl.split(tl.load(noise + pairs, mask=ok[:, None], other=1.0))
+        p = tl.exp(-tl.abs(m))  # of the rarer value, up to their common sum 1 + p; that of the likelier is 1
+        drawn = tl.where(bit, e_zero > p * e_one, p * e_zero > e_one)
+        bit = tl.where(p > rare * (1 + p), drawn, bit)
     tl.store(bits + i, bit.to(tl.uint8), mask=ok)
 
 
@@ -158,7 +156,7 @@ def _unpack(
     token = (image * h + y // PATCH) * w + x // PATCH
     bit = token * WIDTH + (channel * PATCH + y % PATCH) * PATCH + x % PATCH
     value = tl.load(bits + bit, mask=ok, other=0).to(tl.float32)
-    tl.store(codes + i, ((value * 2.0 - 1.0) * amplitude).to(codes.dtype.element_ty), mask=ok)
+    tl.store(codes + i, cast((value * 2.0 - 1.0) * amplitude, codes.dtype.element_ty), mask=ok)
 
 
 def builds(target: int) -> Iterator[Build]:

@@ -25,7 +25,7 @@ class Kernel:
     """A function in Triton's language as a kernel, launched as `kernel[grid](...)`.
 
     Triton is optional and takes a while to import: the first launch does both, and gives the function's module its
-    `tl`. Under TRITON_INTERPRET=1 the kernel runs on CPU tensors.
+    `tl` and `cast`. Under TRITON_INTERPRET=1 the kernel runs on CPU tensors.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -37,7 +37,9 @@ class Kernel:
         import triton
         import triton.language
 
-        self.function.__globals__["tl"] = triton.language
+        from scaleweaver.kernels.cast_triton import cast
+
+        self.function.__globals__.update(tl=triton.language, cast=cast)
         return triton.jit(self.function)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:

@@ -29,6 +29,7 @@ from scaleweaver.kernels.dispatch import Kernel, runs_kernel
 if TYPE_CHECKING:
     import triton.language as tl
 
+    from scaleweaver.kernels.cast_triton import cast
     from scaleweaver.kernels.compile_gate import Build
 
 _TOKENS = 16  # that a program of the backward pass adds up
@@ -112,14 +113,14 @@ def _forward(
         value += added
         if EXTRA:
             value += tl.load(extra + at, mask=ok, other=0.0).to(tl.float32)
-        tl.store(x_out + at, value.to(x_out.dtype.element_ty), mask=ok)
+        tl.store(x_out + at, cast(value, x_out.dtype.element_ty), mask=ok)
     centred = tl.where(ok, value - (tl.sum(value, 1) / C)[:, None], 0.0)
     z = centred * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, 1) / C + eps))[:, None]
     factor = tl.load(scale + row * scale_row + c, mask=ok, other=0.0).to(tl.float32)
     if not AFFINE:
         factor += 1.0
     h = z * factor + tl.load(shift + row * shift_row + c, mask=ok, other=0.0).to(tl.float32)
-    tl.store(h_out + at, h.to(h_out.dtype.element_ty), mask=ok)
+    tl.store(h_out + at, cast(h, h_out.dtype.element_ty), mask=ok)
 
 
 @Kernel
@@ -149,10 +150,10 @@ def _backward(
         if BRANCH:
             d += tl.load(dx_out + at, mask=ok, other=0.0).to(tl.float32)
             if GATE:
-                tl.store(dbranch + at, (d * g).to(dbranch.dtype.element_ty), mask=ok)
+                tl.store(dbranch + at, cast(d * g, dbranch.dtype.element_ty), mask=ok)
                 if KEPT:
                     gate_sum += tl.sum(d * tl.load(branch + at, mask=ok, other=0.0).to(tl.float32), 0)
-        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=ok)
+        tl.store(dx + at, cast(d, dx.dtype.element_ty), mask=ok)
         if SUMS:
             scale_sum += tl.sum(given * z, 0)
             shift_sum += tl.sum(given, 0)
@@ -255,7 +256,7 @@ class _GateNorm(torch.autograd.Function):
 
 
 def builds(target: int) -> Iterator[Build]:
-    """The kernels for the compile gate: the three norms of a block, in the widths of the published models."""
+    """The kernels for the compile gate: the three norms of a block, in the widths of published and built-in models."""
     from scaleweaver.kernels.compile_gate import Build
 
     forms = {
@@ -264,7 +265,7 @@ def builds(target: int) -> Iterator[Build]:
         "add, modulate": {"BRANCH": True, "GATE": False, "EXTRA": False, "AFFINE": False},
     }
     strides = dict.fromkeys(("gate_row", "scale_row", "shift_row"), "i32")
-    for dtype, width in (("bf16", 768), ("bf16", 2048), ("bf16", 3584), ("fp32", 2048)):
+    for dtype, width in (("bf16", 768), ("bf16", 2048), ("bf16", 3584), ("fp32", 256), ("fp32", 2048)):
         block, tile, warps = _shape(width)
         for form, flags in forms.items():
             stream, layer = "*fp32", f"*{dtype}"
@@ -276,11 +277,12 @@ def builds(target: int) -> Iterator[Build]:
             types = {**pointers, **strides, "total": "i32", "tokens": "i32", "eps": "fp32"}
             missing = {"branch": flags["BRANCH"], "gate": flags["GATE"], "extra": flags["EXTRA"]}
             shape = {"C": width, "BLOCK": block, "TILE": tile, **{n: None for n, given in missing.items() if not given}}
+            shipped = (dtype, width) in (("bf16", 2048), ("bf16", 3584), ("fp32", 256))
             heaviest = width == 3584 and flags["EXTRA"] and target == 90
             name = f"{form} {dtype} C={width}"
             yield Build(
                 f"gate_norm forward {name}", _forward.jit, types, {**shape, **flags},
-                warps=warps, aligned=frozenset(strides),
+                warps=warps, aligned=frozenset(strides), shipped=shipped,
             )  # fmt: skip
             shape.pop("extra", None)  # the gradient of a term is that of x
             reads = {name: flags[name] for name in ("BRANCH", "GATE", "AFFINE")}
@@ -288,7 +290,8 @@ def builds(target: int) -> Iterator[Build]:
             gone = {} if flags["GATE"] else {"dbranch": None, "branch": None}
             yield Build(
                 f"gate_norm backward {name.replace(', term', '')}", _backward.jit, types,
-                {**shape, **gone, **reads, **loops}, warps=warps, aligned=frozenset(strides), sample=heaviest,
+                {**shape, **gone, **reads, **loops}, warps=warps, aligned=frozenset(strides), shipped=shipped,
+                sample=heaviest,
             )  # fmt: skip
 
 

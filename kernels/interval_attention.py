@@ -19,7 +19,7 @@ Two softmaxes leave their outputs side by side, so that two projections of them 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ from torch import Tensor
 from scaleweaver.kernels.attention import attend, attend_reference, merge
 from scaleweaver.kernels.dispatch import runs_kernel
 from scaleweaver.kernels.key_ranges import KeyRanges
+from scaleweaver.kernels.measured import kernel_is_faster
+
+_LARGE_MASK = 2**16  # entries
+
+_LARGEST_GRID = 65535  # programs that a launch may have along its second axis: rows times heads, of two softmaxes
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class Nearness:
         """(L, K), in cells of the query's own grid."""
         rows, columns = (((self.at[:, None, i] - self.keys_at[:, i]) * self.size[:, None, i]).square() for i in (0, 1))
         return rows + columns
+
+    def between(self, queries: slice, keys: slice) -> Nearness:
+        """The same for some of the queries and keys."""
+        return replace(self, at=self.at[queries], size=self.size[queries], keys_at=self.keys_at[keys])
 
     def places(self) -> tuple[Tensor, Tensor]:
         """For the kernel: (L, 4) of at times size and size, (K, 2)."""
@@ -77,18 +86,61 @@ def attend_ranges(
 ) -> tuple[Tensor, Tensor | None]:
     """`attend` with key ranges for a mask, None where all rows see all keys; the dispatcher.
 
-    With no mask, no penalty and nobody who asks for the log-sum-exp, torch's own attention has it easy and does it.
+    k and v are (Rk, H, K, D), row r of the queries (R, H, L, D) reads row r % Rk: guidance branches share the keys of
+    their image, which are not copied.
+
+    In torch, rows that see different keys are different calls: for several scales that is faster than a mask.
+    With no mask, no penalty and nobody who asks for the log-sum-exp, torch's own attention has it easy and does it,
+    but for shapes at which the kernel was measured faster (measured.py).
     """
     plain = ranges is None and nearness is None and not return_lse
-    if not plain and _serves(q, k, v):
+    if serves(q, k, v) and (not plain or (not _learns(q, k, v) and kernel_is_faster(q, k))):
         everything = KeyRanges(((q.shape[2], 0, k.shape[2]),))
         out, lse = interval_attention(q, KeySet(k, v, ranges or everything, nearness=nearness))
         return out[:, :, 0].transpose(1, 2), lse[:, 0] if return_lse else None  # (R, H, L, D), (R, H, L)
+    if ranges is not None and splits(ranges, k.shape[2]):
+        return _run_by_run(q, k, v, ranges, nearness, return_lse)
     mask = None if ranges is None else ranges.dense(k.shape[2], q.device)  # (L, K)
     if nearness is not None:
         near = -nearness.penalty * nearness.squared_distances()  # (L, K)
         mask = near if mask is None else near.masked_fill(~mask, -torch.inf)
-    return attend(q, k, v, mask=mask, return_lse=return_lse)
+    turns = q.shape[0] // max(k.shape[0], 1)
+    if turns <= 1 or (k.shape[0] == 1 and not return_lse):
+        return attend(q, k, v, mask=mask, return_lse=return_lse)
+    # one call for each branch that shares the keys: a picture's numbers do not depend on its batch
+    parts = [attend(part, k, v, mask=mask, return_lse=return_lse) for part in q.chunk(turns)]
+    lses = [lse for _, lse in parts if lse is not None]
+    return torch.cat([out for out, _ in parts]), torch.cat(lses) if lses else None  # (R, H, L, D), (R, H, L)
+
+
+def splits(ranges: KeyRanges, keys: int) -> bool:
+    """Whether to avoid hidden keys, call by call, is cheaper than to hide them: not for a few ones of a small mask."""
+    counts = [(rows * (end - start), rows * keys) for rows, start, end in ranges.runs]
+    seen, everything = (sum(column) for column in zip(*counts, strict=True))
+    return all(count > 0 for count, _ in counts) and (everything >= _LARGE_MASK or 2 * seen <= everything)
+
+
+def computed_pairs(ranges: KeyRanges, keys: int) -> int:
+    """Pairs of query and key that `attend_ranges` computes in torch: those that are seen, or all of them and a mask."""
+    if splits(ranges, keys):
+        return sum(rows * (end - start) for rows, start, end in ranges.runs)
+    return ranges.rows * keys
+
+
+def _run_by_run(
+    q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, nearness: Nearness | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A call for each run of equal rows, on the keys that it sees: no mask, and no work on what one would hide."""
+    results, row = [], 0
+    for rows, start, end in ranges.runs:
+        queries, keys = slice(row, row + rows), slice(start, end)
+        near = None if nearness is None else nearness.between(queries, keys)
+        part = (q[:, :, queries], k[:, :, keys], v[:, :, keys])
+        results.append(attend_ranges(*part, None, nearness=near, return_lse=return_lse))
+        row += rows
+    lses = [lse for _, lse in results if lse is not None]
+    out = torch.cat([out for out, _ in results], dim=2)  # (R, H, L, D)
+    return out, torch.cat(lses, dim=2) if lses else None  # (R, H, L)
 
 
 def interval_attention(
@@ -100,7 +152,7 @@ def interval_attention(
     Differentiable in q, keys, values, scale and penalty, and in both results. A row that sees nothing gives 0, -inf.
     """
     _check(q, keys, second, joint)
-    if not _serves(q, keys.k, keys.v):
+    if not serves(q, keys.k, keys.v):
         return interval_attention_reference(q, keys, second, joint=joint, scale=scale)
     from scaleweaver.kernels.interval_attention_launch import Call, IntervalAttention, plan
 
@@ -177,8 +229,12 @@ def _check(q: Tensor, keys: KeySet, second: KeySet | None, joint: bool) -> None:
             )
 
 
-def _serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def _learns(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernel takes these tensors. No tiles of wide float32 heads fit a GPU's registers."""
     widest = 64 if q.is_cuda and q.dtype == torch.float32 else 128
-    same = q.dtype == k.dtype == v.dtype
-    return runs_kernel(q) and same and 16 <= q.shape[3] <= widest and q.shape[3] % 8 == 0
+    fits = 16 <= q.shape[3] <= widest and q.shape[3] % 8 == 0 and 0 < 2 * q.shape[0] * q.shape[1] <= _LARGEST_GRID
+    return runs_kernel(q) and q.dtype == k.dtype == v.dtype and fits

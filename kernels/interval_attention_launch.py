@@ -246,17 +246,28 @@ def _counts(k0: Tensor, k1: Tensor | None) -> tuple[int, ...]:
     return k0.shape[0], k0.shape[2], second.shape[0], second.shape[2]
 
 
-# what may be launched: second key set, joint, weighted, near; the first two are what training and prefill do today
+# what may be launched: second key set, joint, weighted, near. The pipeline and the recipes launch the first four.
 _FORMS = {
     "": (False, False, False, False),
     "near": (False, False, False, True),
+    "both": (True, False, False, False),
+    "both near": (True, False, False, True),
     "separate": (True, False, True, True),
     "joint": (True, True, True, True),
+}
+_LAUNCHED = tuple(_FORMS)[:4]
+# of these, heads of the published 2B and 8B models, of the 125M (a penalty is the built-in model's alone), and of the
+# built-in one, which learns in float32 and may draw in bfloat16
+_SHIPPED = {
+    ("bf16", 128): _LAUNCHED,
+    ("bf16", 96): ("", "both"),
+    ("fp32", 64): _LAUNCHED,
+    ("bf16", 64): _LAUNCHED,
 }
 
 
 def builds(target: int) -> Iterator[Build]:
-    """What the plans launch: one key set, with and without a penalty, and two with all that they may carry."""
+    """What the plans launch: one key set or two, with and without a penalty, and two with all that they may carry."""
     for dtype, itemsize, widths in (("bf16", 2, (128, 96, 64, 32)), ("fp32", 4, (64, 32)), ("fp16", 2, (128, 64))):
         chosen = choose(itemsize, TARGETS[target])
         for width in widths:
@@ -270,7 +281,12 @@ def builds(target: int) -> Iterator[Build]:
                 constants={"D": width, "WIDE": _wide(width), "BM": chosen.queries.rows},
                 warps=chosen.queries.warps,
                 stages=1,
+                shipped=_ships("backward_delta", dtype, width, ""),
             )
+
+
+def _ships(name: str, dtype: str, width: int, form: str) -> bool:
+    return form in _SHIPPED.get((dtype, width), ()) and (name == "forward" or (dtype, width) != ("bf16", 64))
 
 
 def _build(name: str, dtype: str, width: int, form: str, chosen: Plan, target: int) -> Build:
@@ -287,6 +303,7 @@ def _build(name: str, dtype: str, width: int, form: str, chosen: Plan, target: i
         warps=tiles.warps,
         stages=tiles.stages,
         aligned=frozenset(strides - {"weight_row"}),
+        shipped=_ships(name, dtype, width, form),
         sample=form == "separate" and (dtype, width) == ("bf16", 128) and (target != 80 or name == "forward"),
     )
 

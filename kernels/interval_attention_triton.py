@@ -4,8 +4,8 @@ Each program owns a tile of rows, of queries or of keys, and walks over the tile
 sees; inside the part that all of them see no mask is applied. Nothing is added up by atomics, so the same inputs give
 the same bits. Scores are kept in base 2: exp2 is what the hardware has.
 
-Every value is cast to float32 right after it is loaded, except the operands of matrix products, and back to nearest by
-`_cast`: the interpreter computes with bfloat16 wrongly, cuts off bits where a GPU rounds, and says nothing.
+Every value is cast to float32 right after it is loaded, except the operands of matrix products, and back by `cast`: the
+interpreter computes with bfloat16 wrongly, and says nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
+from scaleweaver.kernels.cast_triton import INTERPRETED, cast
+
 _UPCAST = tl.constexpr(INTERPRETED)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -25,15 +26,6 @@ def _dot(a, b, precision: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
         return tl.dot(a, b, input_precision=precision)
-
-
-@triton.jit
-def _cast(x, dtype: tl.constexpr):
-    """float32 x, rounded to nearest; the interpreter cuts bits off on the way to bfloat16."""
-    if _UPCAST and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -52,7 +44,7 @@ def _store_rows(base, rows, stride, count, value, D: tl.constexpr, WIDE: tl.cons
     inside = rows[:, None] < count
     if WIDE > D:
         inside = inside & (column[None, :] < D)
-    tl.store(base + rows[:, None] * stride + column[None, :], _cast(value, base.dtype.element_ty), mask=inside)
+    tl.store(base + rows[:, None] * stride + column[None, :], cast(value, base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -113,7 +105,7 @@ def _read(
         shrink = tl.exp2(peak - safe)
         v = _load_rows(V, at, v_token, keys, D, WIDE)
         total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None] + _dot(_cast(p, v.dtype), v, PRECISION)
+        acc = acc * shrink[:, None] + _dot(cast(p, v.dtype), v, PRECISION)
         peak = top
     return acc, total, peak
 
@@ -244,11 +236,11 @@ def backward_keys(
             dp = _dot(v, tl.trans(d_out), PRECISION)  # (BN, BM)
             if WEIGHTED and not JOINT:
                 dp *= weight[None, :]
-                dv += _dot(_cast(p * weight[None, :], d_out.dtype), d_out, PRECISION)
+                dv += _dot(cast(p * weight[None, :], d_out.dtype), d_out, PRECISION)
             else:
-                dv += _dot(_cast(p, d_out.dtype), d_out, PRECISION)
+                dv += _dot(cast(p, d_out.dtype), d_out, PRECISION)
             ds = p * (dp - tl.load(DELTA + line + rows, mask=rows < tokens, other=0.0)[None, :])
-            dk += _dot(_cast(ds, q.dtype), q, PRECISION)
+            dk += _dot(cast(ds, q.dtype), q, PRECISION)
     base = (key_row * heads + head) * keys * D
     _store_rows(DK + base, at, D, keys, dk * length, D, WIDE)
     _store_rows(DV + base, at, D, keys, dv, D, WIDE)
@@ -291,7 +283,7 @@ def _read_backward(
         ds = p * (dp - delta[:, None])
         if NEAR:
             d_penalty -= tl.sum(ds * distance, 1)
-        dq += _dot(_cast(ds, k.dtype), k, PRECISION)
+        dq += _dot(cast(ds, k.dtype), k, PRECISION)
     return dq, d_penalty
 
 

@@ -29,6 +29,7 @@ from scaleweaver.kernels.dispatch import Kernel, runs_kernel
 if TYPE_CHECKING:
     import triton.language as tl
 
+    from scaleweaver.kernels.cast_triton import cast
     from scaleweaver.kernels.compile_gate import Build
 
 Rope = tuple[Tensor, Tensor]
@@ -72,14 +73,36 @@ def qkv_rope_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formula in torch, lengths and rotation in float32; differentiable without `into`."""
     heads = len(log_scale)
+    length = log_scale.float().clamp(max=_MAX_LOG_SCALE).exp()[:, None]  # (H, 1)
+    if not torch.is_grad_enabled():
+        return _in_place(qkv, q_bias, v_bias, length, rope, into)
     q, k, v = qkv.chunk(3, dim=-1)  # (R, L, C)
     v = (v + v_bias.to(v.dtype)).unflatten(-1, (heads, -1))  # (R, L, H, D)
     q = (q.float() + q_bias.float()).unflatten(-1, (heads, -1))  # (R, L, H, D)
     k = k.float().unflatten(-1, (heads, -1))  # (R, L, H, D)
-    length = log_scale.float().clamp(max=_MAX_LOG_SCALE).exp()[:, None]  # (H, 1)
     q, k = rotate(unit(q, length), rope), rotate(unit(k), rope)  # (R, L, H, D)
     q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))  # (R, H, L, D)
     return (q, k, v) if into is None else (q, into[0].copy_(k), into[1].copy_(v))
+
+
+def _in_place(
+    qkv: Tensor, q_bias: Tensor, v_bias: Tensor, length: Tensor, rope: Rope, into: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same bits without gradients: one float32 copy of queries and keys together, changed where it lies."""
+    heads = len(length)
+    parts = qkv.unflatten(-1, (3, heads, -1))  # (R, L, 3, H, D)
+    pairs = parts[:, :, :2].to(torch.float32, copy=True)  # (R, L, 2, H, D)
+    pairs[:, :, 0] += q_bias.float().view(heads, -1)
+    lengths = torch.stack((length, torch.ones_like(length)))  # (2, H, 1)
+    pairs *= lengths / torch.linalg.vector_norm(pairs, dim=-1, keepdim=True).clamp_min_(1e-12)
+    turns = torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))  # (R, L, 2, H, D/2)
+    turns *= torch.complex(*rope)[:, None, None]
+    q, k = (x.transpose(1, 2) for x in pairs.unbind(2))  # (R, H, L, D)
+    v = parts[:, :, 2].transpose(1, 2)  # (R, H, L, D)
+    bias = v_bias.to(v.dtype).view(heads, 1, -1)  # (H, 1, D)
+    if into is None:
+        return q.to(v.dtype), k.to(v.dtype), v + bias
+    return q.to(v.dtype), into[0].copy_(k), torch.add(v, bias, out=into[1])
 
 
 def unit(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
@@ -136,12 +159,12 @@ def _forward(
         x = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [TILE, BLOCK])
         if part == 0:
             q_at = q_out + ((row * heads + head) * tokens + token) * D + d
-            tl.store(q_at, x.to(q_out.dtype.element_ty), mask=ok)
+            tl.store(q_at, cast(x, q_out.dtype.element_ty), mask=ok)
         else:
-            tl.store(k_out + target, x.to(k_out.dtype.element_ty), mask=ok)
+            tl.store(k_out + target, cast(x, k_out.dtype.element_ty), mask=ok)
     v = tl.load(source + 2 * heads * D, mask=ok, other=0.0).to(tl.float32)
     v += tl.load(v_bias + head * D + d, mask=d < D, other=0.0).to(tl.float32)
-    tl.store(v_out + target, v.to(v_out.dtype.element_ty), mask=ok)
+    tl.store(v_out + target, cast(v, v_out.dtype.element_ty), mask=ok)
 
 
 @Kernel
@@ -183,11 +206,11 @@ def _backward(
                 if SUMS:
                     bias_q += tl.sum(dx, 0)
                     scale_sum += along
-            tl.store(dqkv + source + part * heads * D, dx.to(dqkv.dtype.element_ty), mask=ok)
-        g = tl.load(dv + row * v_row + head * v_head + token * v_token + d, mask=ok, other=0.0)
-        tl.store(dqkv + source + 2 * heads * D, g.to(dqkv.dtype.element_ty), mask=ok)
+            tl.store(dqkv + source + part * heads * D, cast(dx, dqkv.dtype.element_ty), mask=ok)
+        g = tl.load(dv + row * v_row + head * v_head + token * v_token + d, mask=ok, other=0.0).to(tl.float32)
+        tl.store(dqkv + source + 2 * heads * D, cast(g, dqkv.dtype.element_ty), mask=ok)
         if SUMS:
-            bias_v += tl.sum(g.to(tl.float32), 0)
+            bias_v += tl.sum(g, 0)
     if SUMS:
         at = (row * tl.num_programs(0) + chunk) * heads + head
         where = tl.arange(0, BLOCK)
@@ -250,7 +273,8 @@ def builds(target: int) -> Iterator[Build]:
     """The kernels for the compile gate, in the formats and head widths of the published models."""
     from scaleweaver.kernels.compile_gate import Build
 
-    for dtype, width in (("bf16", 128), ("bf16", 96), ("bf16", 64), ("bf16", 32), ("fp16", 128), ("fp32", 128)):
+    shipped = (("bf16", 128), ("bf16", 96), ("bf16", 64), ("fp32", 64))
+    for dtype, width in (*shipped, ("bf16", 32), ("fp16", 128), ("fp32", 128)):
         data, table = f"*{dtype}", "*fp32"
         shape = {"D": width, "BLOCK": _block(width), "TILE": _TILE}
         inputs = {"qkv": data, "q_bias": data, "v_bias": data, "log_scale": table, "cos": table, "sin": table}
@@ -259,14 +283,14 @@ def builds(target: int) -> Iterator[Build]:
         outputs = {"q_out": data, "k_out": data, "v_out": data}
         yield Build(
             f"qkv_rope forward {dtype} D={width}", _forward.jit, {**inputs, **outputs, **sizes, **strides}, shape,
-            warps=4, aligned=frozenset(strides),
+            warps=4, aligned=frozenset(strides), shipped=(dtype, width) in shipped,
         )  # fmt: skip
         strides = {f"{part}_{axis}": "i32" for part in "qkv" for axis in ("row", "head", "token")}
         outputs = {"dq": data, "dk": data, "dv": data, "dqkv": data, "bias_sums": table, "scale_sums": table}
         yield Build(
             f"qkv_rope backward {dtype} D={width}", _backward.jit, {**inputs, **outputs, **sizes, **strides},
             {**shape, "TILES": _TILES, "SUMS": True}, warps=4, aligned=frozenset(strides),
-            sample=(dtype, width, target) == ("bf16", 128, 90),
+            shipped=(dtype, width) in shipped, sample=(dtype, width, target) == ("bf16", 128, 90),
         )  # fmt: skip
 
 

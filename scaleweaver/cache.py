@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from scaleweaver.contracts import CachePolicy, Steps
-from scaleweaver.kernels.dispatch import runs_kernel
-from scaleweaver.kernels.interval_attention import attend_ranges
+from scaleweaver.kernels.interval_attention import KeySet, attend_ranges, interval_attention
 from scaleweaver.masks import key_ranges
 from scaleweaver.schedule import ScaleStep
 
@@ -65,14 +64,14 @@ class KVCache:
     def __init__(self, policy: CachePolicy | None = None) -> None:
         self.policy: CachePolicy = FullCache() if policy is None else policy
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # (R, H, capacity, D), written in place on GPUs
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # (R, H, capacity, D), written in place
 
     def room(self, layer: int, steps: Steps, projection: Tensor, heads: int) -> tuple[Tensor, Tensor] | None:
         """Memory (R, H, L, D) for keys and values of `steps` behind this layer's history, so that `attend` copies
-        nothing; None where no kernel fills it or a policy thins it out. `projection` (R, L, 3C) has their dtype.
+        nothing; None where gradients are asked for or a policy thins it out. `projection` (R, L, 3C) has their dtype.
         """
         # policies that thin out a layer make new tensors of what they keep: to them a buffer would be waste
-        if torch.is_grad_enabled() or type(self.policy) is not FullCache or not runs_kernel(projection):
+        if torch.is_grad_enabled() or type(self.policy) is not FullCache:
             return None
         rows, tokens, width = projection.shape
         history, schedule = self.tokens(layer), steps[0].schedule
@@ -94,17 +93,30 @@ class KVCache:
 
         Returns the output (R, H, L, D) and lse (R, H, L) or None, then keeps k and v as the policy says.
         """
-        k = k.to(v.dtype)
         history = self.tokens(layer)
-        if history:
-            k, v = self._behind_history(layer, steps, k, v)  # (R, H, history + L, D)
+        k, v = self._behind_history(layer, steps, k.to(v.dtype), v)  # (R, H, history + L, D)
         ranges = key_ranges(steps, "block_causal", history) if len(steps) > 1 else None
         result = attend_ranges(q.to(v.dtype), k, v, ranges, return_lse=return_lse)
         if not steps[-1].is_last:
             self._commit(layer, steps, q, k, v, history)
         return result
 
+    def attend_both(
+        self, layer: int, steps: Steps, q: Tensor, k: Tensor, v: Tensor, second: KeySet, return_lse: bool = False
+    ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+        """`attend`, and (out, lse) of attention to a second key set with a softmax of its own, in one launch."""
+        history = self.tokens(layer)
+        k, v = self._behind_history(layer, steps, k.to(v.dtype), v)  # (R, H, history + L, D)
+        own = KeySet(k, v, key_ranges(steps, "block_causal", history))
+        out, lse = interval_attention(q.to(v.dtype), own, second)  # (R, L, 2, H, D), (R, 2, H, L)
+        if not steps[-1].is_last:
+            self._commit(layer, steps, q, k, v, history)
+        (own_out, own_lse), read = ((out[:, :, i].transpose(1, 2), lse[:, i]) for i in (0, 1))  # (R, H, L, D) each
+        return (own_out, own_lse if return_lse else None), read
+
     def _behind_history(self, layer: int, steps: Steps, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.tokens(layer):
+            return k, v
         past_k, past_v = self._layers[layer]
         history, end = past_k.shape[2], past_k.shape[2] + k.shape[2]
         buffers = self._buffers.get(_LAST if steps[-1].is_last else layer)
@@ -147,6 +159,17 @@ class KVCache:
     def tokens(self, layer: int) -> int:
         """Number of tokens this layer remembers."""
         return self._layers[layer][0].shape[2] if layer in self._layers else 0
+
+    def history(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values (R, H, T, D) that this layer remembers."""
+        return self._layers.get(layer)
+
+    def resume(self, layer: int, keys: Tensor, values: Tensor, tokens: int) -> None:
+        """Go on behind the first `tokens` of keys and values (R, H, capacity, D), whose rest is room for more."""
+        self._buffers[layer] = (keys, values)
+        self._layers.pop(layer, None)
+        if tokens:
+            self._layers[layer] = (keys[:, :, :tokens], values[:, :, :tokens])
 
     def nbytes(self) -> int:
         """Memory of all keys and values in bytes, without room that is kept for those of later scales."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from scaleweaver.cache import KVCache
+    from scaleweaver.kernels.interval_attention import KeySet
 
 Steps = Sequence[ScaleStep]
 
@@ -100,8 +101,24 @@ class Injector(Protocol):
         """Whether this layer's injection wants the log-sum-exp of the plain attention."""
         ...
 
-    def inject(self, layer: int, steps: Steps, q: Tensor, attended: Tensor, lse: Tensor | None) -> Injection:
-        """q and attended (R, H, L, D) after norm, scale and RoPE; lse (R, H, L) if asked for."""
+    def keys(self, layer: int, steps: Steps, q: Tensor) -> KeySet | None:
+        """What q (R, H, L, D) would read here, if one launch may read it together with the image's own keys; usually
+        None. Asked of the first injector alone, whose `inject` gets the result as `read`.
+        """
+        ...
+
+    def inject(
+        self,
+        layer: int,
+        steps: Steps,
+        q: Tensor,
+        attended: Tensor,
+        lse: Tensor | None,
+        read: tuple[Tensor, Tensor] | None = None,
+    ) -> Injection:
+        """q and attended (R, H, L, D) after norm, scale and RoPE; lse (R, H, L) if asked for. `read` is the attention
+        (R, H, L, D) to what `keys` offered, and its log-sum-exp (R, H, L).
+        """
         ...
 
     def select_rows(self, rows: Tensor) -> Injector:
@@ -146,7 +163,7 @@ class Sampler(Protocol):
     """Logits to codes."""
 
     def sample(self, logits: Tensor, step: ScaleStep, generators: Sequence[torch.Generator]) -> Tensor:
-        """logits (B, L, 2N) -> bits (B, L, N) uint8, image i drawn with generators[i] alone."""
+        """logits (B, L, N), log-odds of 1 -> bits (B, L, N) uint8, image i drawn with generators[i] alone."""
         ...
 
 

@@ -12,8 +12,10 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from scaleweaver.threads import find_processors
+
 Status = Literal["ok", "note", "problem"]
-EXTRAS = ("train", "train8bit", "eval", "hed", "demo", "serve", "dev")
+EXTRAS = ("train", "train8bit", "eval", "hed", "int8", "demo", "serve", "dev")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def _devices() -> list[Finding]:
         import torch
     except ImportError as error:
         return [Finding("system", "torch", f"cannot be imported: {error}", "problem", 'pip install "torch>=2.8"')]
-    findings = [Finding("system", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")]
+    findings = [Finding("system", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"), _threads()]
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         device = "cuda"
@@ -65,6 +67,16 @@ def _devices() -> list[Finding]:
         ]
     found = f"auto means {str(auto_dtype(device)).removeprefix('torch.')} on {device}"
     return [*findings, Finding("system", "dtype", found)]
+
+
+def _threads() -> Finding:
+    found = find_processors()
+    quota = "" if found.quota is None else f", a quota of {found.quota:g}"
+    return Finding(
+        "system",
+        "threads",
+        f"auto means {found.threads}: {found.logical} logical processors on {found.cores} cores{quota}",
+    )
 
 
 def _kernels() -> list[Finding]:

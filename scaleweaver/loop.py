@@ -69,7 +69,9 @@ def generate(
     device = conditions.text.pooled.device
     latent = target.initial(conditions.images, schedule, device=device, dtype=torch.float32)
     state = SamplerState(latent, list(conditions.generators), KVCache(policy or FullCache()), conditions)
-    rows = torch.arange(conditions.branches * conditions.images, device=device)  # where each row was at the start
+    # host tensors: which rows go on is known without asking the device, which may be far behind
+    rows = torch.arange(conditions.branches * conditions.images)  # where each row was at the start
+    forced = [given.to(device) for given in forced]
     network = routes[0].backbone
     for step, route in zip(steps, routes, strict=True):
         now: Steps = (step,)
@@ -77,12 +79,11 @@ def generate(
             network, now = route.backbone, steps[: step.index + 1]
             _hand_over(state, network, rows, conditions_for)
         if guidance.alive(step) < state.conditions.branches:
-            images = torch.arange(state.conditions.images, device=device)
-            rows = rows[_select(state, guidance.alive(step), images)]
+            rows = rows[_select(state, guidance.alive(step))]
         inputs, text, injectors = _read(target, state, now), state.conditions.text, state.conditions.injectors
         logits = network(
             inputs, now, text, state.cache, injectors=injectors, layers=route.layers, mix=_mixer(guidance, now)
-        )[:, -step.n :]  # (R, L, 2N)
+        )[:, -step.n :]  # (R, L, N)
         _free_layers(state.cache, routes[step.index + 1 :], network)
         # drawn even where codes are forced: the random stream of later scales does not depend on what was forced
         codes = sampler.sample(guidance.combine(logits.float(), step), step, state.generators)  # (B, L, N)
@@ -94,7 +95,7 @@ def generate(
             on_scale(step, state)
         survivors = None if search is None else search.select(state, step)
         if survivors is not None:
-            rows = rows[_select(state, state.conditions.branches, survivors.to(device))]
+            rows = rows[_select(state, state.conditions.branches, survivors.cpu())]
             forced = [given[survivors.to(given.device)] for given in forced]
     state.cache.reset()
     return LoopOutput(state.latent, state.codes)
@@ -156,21 +157,28 @@ def _mixer(guidance: Guidance, steps: Steps) -> Callable[[int, Tensor], Tensor]:
     return mix
 
 
-def _select(state: SamplerState, branches: int, images: Tensor) -> Tensor:
-    """Keep the leading branches of the given images everywhere; returns the kept rows (branches * B',)."""
-    old = state.conditions
+def _select(state: SamplerState, branches: int, survivors: Tensor | None = None) -> Tensor:
+    """Keep the leading branches everywhere, of all images or of the survivors; returns the kept rows (branches * B',),
+    like `survivors` (B',) on the host.
+    """
+    old, device = state.conditions, state.latent.device
+    images = torch.arange(old.images) if survivors is None else survivors
     rows = torch.cat([images + branch * old.images for branch in range(branches)])
+    # leading branches of all images are the leading rows
+    there = torch.arange(len(rows), device=device) if survivors is None else rows.to(device)
     state.conditions = replace(
         old,
-        text=old.text.select_rows(rows),
+        text=old.text.select_rows(there),
         injectors=tuple(injector.select_rows(rows) for injector in old.injectors),
         branches=branches,
         images=len(images),
     )
-    state.cache.select_rows(rows)
-    state.latent = state.latent[images]
-    state.codes = [codes[images] for codes in state.codes]
-    state.generators = _survivors(state.generators, images.tolist())
+    state.cache.select_rows(there)
+    if survivors is not None:
+        chosen = survivors.to(device)
+        state.latent = state.latent[chosen]
+        state.codes = [codes[chosen] for codes in state.codes]
+        state.generators = _survivors(state.generators, survivors.tolist())
     return rows
 
 
@@ -199,7 +207,7 @@ def _hand_over(
     state.cache.reset()
     state.conditions = replace(
         state.conditions,
-        text=own.text.select_rows(rows),
+        text=own.text.select_rows(rows.to(own.text.pooled.device)),
         injectors=tuple(injector.select_rows(rows) for injector in own.injectors),
     )
 

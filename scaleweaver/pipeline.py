@@ -38,10 +38,13 @@ from scaleweaver.control_images import (
     read_controls,
     settle,
 )
+from scaleweaver.estimate import Estimate, estimate
+from scaleweaver.graphs import GraphedBackbone, backbone_of
 from scaleweaver.images import to_pil
 from scaleweaver.loop import SingleModel, generate
 from scaleweaver.metadata import write_settings
 from scaleweaver.precision import other_than_float32
+from scaleweaver.quantize import check_format, quantize
 from scaleweaver.request import (
     Callback,
     Follower,
@@ -59,6 +62,7 @@ from scaleweaver.request import (
 from scaleweaver.sampling import BitwiseSampler
 from scaleweaver.schedule import ScaleSchedule
 from scaleweaver.tokenizers.bsq import BSQTokenizer
+from scaleweaver.tokenizers.tiling import Tiles
 
 
 @dataclass
@@ -106,6 +110,8 @@ class VARControlPipeline(StoredPipeline):
                 f"the tokenizer has {vae.target.width} bits per token, the transformer {transformer.config['bits']};"
                 " pass a pair that was trained together"
             )
+        self.graphs: GraphedBackbone | None = None
+        self._tiles: Tiles | None = None
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(
             schedule=schedule or {"family": "infinity", "budget": "1M"},
@@ -175,7 +181,7 @@ class VARControlPipeline(StoredPipeline):
         negative = None if negative_prompt is None else self.encode_prompt(negative_prompt, "negative_prompt")
         encoded = [(item, self._encode(item, plan)) for item in active]
         conditions_for = partial(self._conditions, request, text, negative, encoded)
-        router = router or SingleModel(self.transformer)
+        router = router or SingleModel(self._network())
         conditions = conditions_for(router.route(plan.steps[0]).backbone)
 
         lineage = Lineage(search, len(generators))
@@ -190,6 +196,7 @@ class VARControlPipeline(StoredPipeline):
         # pictures, each with the settings that make it again
         values |= {"stop_after": stop_after, "schedule": None if schedule is None else plan.to_dict()}
         values |= {"loras": self._active_loras() or None, "dtype": other_than_float32(self.transformer.dtype)}
+        values |= {"quantize": self._quantized}
         settings = [
             request.settings(image, {**values, "model": self.name_or_path, "seed": one.initial_seed()}, negative_prompt)
             for image, one in zip(lineage.origins, follower.generators, strict=True)
@@ -223,10 +230,63 @@ class VARControlPipeline(StoredPipeline):
         control = read_controls(Control(kind, image, resize=resize), self.controls)[0]
         return self._encode(control, self._plan(schedule, height, width, first_size([control])))
 
+    def estimate(
+        self,
+        prompt: str | int | Sequence[str | int] | None = 32,
+        *,
+        control: Mapping[str, Any] | Control | str | Sequence[Control | str] | None = None,
+        reused: bool = False,
+        negative_prompt: str | int | Sequence[str | int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: Numbers | None = None,
+        control_guidance_scale: Numbers | None = None,
+        guidance_layer: int | None = None,
+        num_images_per_prompt: int = 1,
+        schedule: ScaleSchedule | Mapping[str, Any] | None = None,
+        cache: CachePolicy | None = None,
+        router: Router | None = None,
+        search: Search | None = None,
+        prompt_embeds: Tensor | Sequence[Tensor] | TextFeatures | None = None,
+        stop_after: int | None = None,
+        output_type: str = "pil",
+        previews: int = 0,
+    ) -> Estimate:
+        """What a call with these arguments will take; `print` it. Nothing is computed.
+
+        A prompt may also be its number of tokens, a control its name, or None stand for a picture. reused: the controls
+        are at hand, encoded. previews: pictures that are decoded after every scale, for each image.
+        """
+        return estimate(
+            self, prompt, control=control, reused=reused, negative_prompt=negative_prompt, height=height, width=width,
+            guidance_scale=guidance_scale, control_guidance_scale=control_guidance_scale, guidance_layer=guidance_layer,
+            num_images_per_prompt=num_images_per_prompt, schedule=schedule, cache=cache, router=router, search=search,
+            prompt_embeds=prompt_embeds, stop_after=stop_after, output_type=output_type, previews=previews,
+        )  # fmt: skip
+
     @torch.no_grad()
     def preview(self, latent: Tensor) -> list[Image.Image]:
         """Pictures of a latent (B, d, Hl, Wl), finished or after any scale."""
         return to_pil(self._decode(latent))
+
+    def enable_graphs(self, *, most: int = 64, text_multiple: int = 1) -> None:
+        """Replay each scale from a CUDA graph; the first picture of each kind records them. See `GraphedBackbone`."""
+        self.disable_graphs()
+        self.graphs = GraphedBackbone(self.transformer, most=most, text_multiple=text_multiple)
+
+    def disable_graphs(self) -> None:
+        """Free the graphs and their memory."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        self.graphs = None
+
+    def enable_vae_tiling(self, size: int = 512, *, overlap: int | None = None, exact: bool = True) -> None:
+        """Decode pictures in tiles of `size` pixels, which takes less memory. See `Tiles`."""
+        self._tiles = Tiles(size, overlap, exact)
+
+    def disable_vae_tiling(self) -> None:
+        """Decode pictures as a whole."""
+        self._tiles = None
 
     def to(self, *args: Any, **kwargs: Any) -> VARControlPipeline:
         """Move to a device or dtype, controls included."""
@@ -234,6 +294,22 @@ class VARControlPipeline(StoredPipeline):
         for adapter in self.controls.values():
             adapter.to(self.transformer.code_embed.weight)
         return self
+
+    def quantize(self, name: str = "int8") -> VARControlPipeline:
+        """Keep the weights of the transformer's blocks in eight bits, through torchao: half the memory of bfloat16.
+
+        Pictures change a little. In place: saving and training need a pipeline that was loaded afresh.
+        """
+        check_format(name)
+        if self._quantized is None:
+            quantize(self.transformer, name)
+            self._quantized = name
+        return self
+
+    def _network(self) -> Any:
+        """What draws: the transformer, or its graphs."""
+        recorded = self.graphs is not None and self.graphs.backbone is self.transformer
+        return self.graphs if recorded else self.transformer
 
     def _plan(
         self,
@@ -270,6 +346,7 @@ class VARControlPipeline(StoredPipeline):
         network: Any,
     ) -> Conditions:
         """Conditions of one network; controls act on the backbone they were trained on and on no other."""
+        network = backbone_of(network)
         _onload(network)
         made = build(
             network,
@@ -299,7 +376,8 @@ class VARControlPipeline(StoredPipeline):
         """Latents (B, d, Hl, Wl) -> pictures (B, 3, H, W) in [0, 1]; one at a time, so a batch changes nothing."""
         _onload(self.vae)
         latent = latent.to(self.vae.device)
-        return torch.cat([self.vae.decode(row) for row in latent.split(1)]) / 2 + 0.5
+        decode = self.vae.decode if self._tiles is None else partial(self._tiles.decode, self.vae)
+        return torch.cat([decode(row) for row in latent.split(1)]) / 2 + 0.5
 
     def _finish(self, latent: Tensor, output_type: str, settings: Sequence[dict[str, Any]]) -> Any:
         if output_type == "latent":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def auto_dtype(device: torch.device | str | None = None) -> torch.dtype:
@@ -33,6 +35,20 @@ def read_dtype(dtype: torch.dtype | str | None, device: torch.device | str | Non
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f'dtype={dtype!r}; pass torch.float32, torch.bfloat16, torch.float16 or "auto"')
     return found
+
+
+def fuses_linear(x: Tensor) -> bool:
+    """Whether oneDNN may run a linear layer of x together with the function behind it: on x86, without gradients."""
+    busy = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not busy and bool(torch.backends.mkldnn.enabled) and _fused_format(x.dtype)
+
+
+@cache
+def _fused_format(dtype: torch.dtype) -> bool:
+    vector = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    if not (vector and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def other_than_float32(dtype: torch.dtype) -> str | None:

@@ -15,7 +15,7 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor
 from scaleweaver.contracts import Injection, Steps
 from scaleweaver.guidance import per_scale
 from scaleweaver.kernels.attention import merge
-from scaleweaver.kernels.interval_attention import Nearness, attend_ranges
+from scaleweaver.kernels.interval_attention import KeySet, Nearness, attend_ranges, serves
 from scaleweaver.kernels.key_ranges import KeyRanges
 from scaleweaver.masks import key_ranges
 from scaleweaver.schedule import ScaleSchedule, ScaleStep
@@ -190,13 +190,22 @@ def _centres(h: int, w: int, device: torch.device) -> Tensor:
     return torch.stack(torch.meshgrid(row, column, indexing="ij"), dim=-1).flatten(0, 1)  # (h w, 2)
 
 
+class _Row(NamedTuple):
+    """What one row of a call reads: rows of the bank and of the weights, if it reads at all."""
+
+    bank: int
+    weight: int
+    sees: bool
+
+
 class ReferenceInjector:
     """Reads one bank inside the self-attention of the bank's layers; implements `contracts.Injector`.
 
     strengths: one number per scale (see the function of that name). sees_control: which guidance branches read the
     control. mask (1 | images, 1, height, width) in 0..1 limits where it acts. images is needed where rows differ:
     with several bank or mask rows it is their number unless given, with a blind branch it must be given. A bank has 1
-    row, one per image, or one per row of the call (branches * images).
+    row, one per image, or one per row of the call (branches * images). Guidance branches share the keys and values of
+    their image, which are not copied.
     """
 
     def __init__(
@@ -217,36 +226,40 @@ class ReferenceInjector:
         self.weights = torch.tensor(per_token, device=bank.device)[None]  # (1, T)
         if mask is not None:
             self.weights = self.weights * token_mask(mask.to(bank.device), bank.schedule)  # (B, T)
-        self.bank_rows: Tensor | None = None  # None: the bank's rows are the call's, or its only row serves all
-        self.weight_rows: Tensor | None = None  # the same for the weights
-        self.sees: Tensor | None = None  # (R,) bool, None: every row reads the reference
-        self.seen: Tensor | None = None  # indices of the rows that do
-        self._assign_rows(len(sees_control), tuple(sees_control), images)
+        self._arrange(self._assign_rows(len(sees_control), tuple(sees_control), images))
 
-    def _assign_rows(self, branches: int, sees_control: tuple[bool, ...], images: int | None) -> None:
+    def _assign_rows(self, branches: int, sees: tuple[bool, ...], images: int | None) -> tuple[_Row, ...] | None:
         rows = max(self.bank.rows, self.weights.shape[0])
-        if images is None and rows == 1 and not all(sees_control):
-            raise ValueError("a guidance branch does not see the control: pass images= to tell which rows it has")
+        if rows == 1 and all(sees):
+            return None  # all rows are alike, however many a call has
         if images is None and rows == 1:
-            return
+            raise ValueError("a guidance branch does not see the control: pass images= to tell which rows it has")
         images = images or rows
         total = branches * images
-        image_of = torch.arange(images, device=self.bank.device).repeat(branches)  # (R,)
         if self.bank.rows not in (1, images, total) or self.weights.shape[0] not in (1, images):
             raise ValueError(
                 f"{self.bank.rows} encoded controls and {self.weights.shape[0]} masks for {images} images in "
                 f"{branches} branches; pass 1 or {images} of each"
             )
-        if self.bank.rows not in (1, total):
-            self.bank_rows = image_of
-        if self.weights.shape[0] not in (1, total):
-            self.weight_rows = image_of
-        if not all(sees_control):
-            self._limit(torch.tensor(sees_control, device=self.bank.device).repeat_interleave(images))
+        return tuple(
+            _Row(row % self.bank.rows, row % images % self.weights.shape[0], sees[row // images])
+            for row in range(total)
+        )
 
-    def _limit(self, sees: Tensor) -> None:
-        everybody = bool(sees.all())
-        self.sees, self.seen = (None, None) if everybody else (sees, sees.nonzero().flatten())
+    def _arrange(self, rows: tuple[_Row, ...] | None) -> None:
+        """Who reads what, worked out once: between scales nobody asks the device."""
+        self.rows = rows
+        everybody = rows is None or all(row.sees for row in rows)
+        readers = [index for index, row in enumerate(rows or ()) if row.sees]
+        self.blind = bool(rows) and not readers
+        self.seen = None if everybody else _sent(readers, self.bank.device)  # of a call's rows
+        self.bank_rows: slice | Tensor = slice(None)
+        self.weight_rows: slice | Tensor = slice(None)
+        if rows:
+            # the first of the branches that read: row r of the readers gets row r % len(bank_rows)
+            self.bank_rows = _index(_period([rows[index].bank for index in readers]), self.bank.device)
+            if self.weights.shape[0] > 1:
+                self.weight_rows = _index([rows[index].weight for index in readers], self.bank.device)
 
     def needs_lse(self, layer: int) -> bool:
         """Only joint attention weighs the two results."""
@@ -254,33 +267,43 @@ class ReferenceInjector:
 
     def select_rows(self, rows: Tensor) -> ReferenceInjector:
         """The injector for other rows (R',) int64 of the present ones; the bank is shared, not copied."""
-        rows = rows.to(self.bank.device)
         chosen = copy.copy(self)
-        if self.bank.rows > 1:
-            chosen.bank_rows = rows if self.bank_rows is None else self.bank_rows[rows]
-        if self.weights.shape[0] > 1:
-            chosen.weight_rows = rows if self.weight_rows is None else self.weight_rows[rows]
-        if self.sees is not None:
-            chosen._limit(self.sees[rows])
+        if self.rows is not None:
+            chosen._arrange(tuple(self.rows[row] for row in rows.tolist()))
         return chosen
 
-    def inject(self, layer: int, steps: Steps, q: Tensor, attended: Tensor, lse: Tensor | None) -> Injection:
+    def keys(self, layer: int, steps: Steps, q: Tensor) -> KeySet | None:
+        """Where a kernel reads the image's own keys: those of several scales, as in training, and those of "joint"."""
+        alone = len(steps) == 1 and self.reader.fusion == "separate"
+        if alone or self.seen is not None or not self._acts(layer, steps, q):
+            return None
+        k, v, ranges, near = self._read(layer, steps)
+        if not serves(q, k, v):
+            return None
+        return KeySet(k, v, ranges or KeyRanges(((q.shape[2], 0, k.shape[2]),)), nearness=near)
+
+    def inject(
+        self,
+        layer: int,
+        steps: Steps,
+        q: Tensor,
+        attended: Tensor,
+        lse: Tensor | None,
+        read: tuple[Tensor, Tensor] | None = None,
+    ) -> Injection:
         """See `contracts.Injector.inject`."""
-        if layer not in self.bank.values or not any(self.strengths[step.index] for step in steps):
+        if not self._acts(layer, steps, q):
             return Injection(attended)
-        self.bank.check(steps)
-        k, v = self.bank.read(layer, steps, self.reader.scope)  # (Bc, H, K, D)
-        weight = self.weights[:, steps[0].start : steps[-1].start + steps[-1].n]  # (B | 1, L)
-        bank_rows, weight_rows, seen = self._rows(q.shape[0])
-        if bank_rows is not None:
-            k, v = k[bank_rows], v[bank_rows]  # (R, H, K, D)
-        if weight_rows is not None:
-            weight = weight[weight_rows]  # (R, L)
-        readers = q if seen is None else q[seen]
-        joint = self.reader.fusion == "joint"
-        ranges, penalty = reference_ranges(steps, self.reader.scope), self.reader.penalty(layer)
-        near = None if penalty is None else nearness(steps, self.reader.scope, penalty, q.device)
-        out, out_lse = attend_ranges(readers.to(v.dtype), k, v, ranges, nearness=near, return_lse=joint)  # (R, H, L, D)
+        weight = self.weights[self.weight_rows, steps[0].start : steps[-1].start + steps[-1].n]  # (R | 1, L)
+        seen, joint = self.seen, self.reader.fusion == "joint"
+        out: Tensor
+        out_lse: Tensor | None
+        if read is None:
+            k, v, ranges, near = self._read(layer, steps)
+            readers = (q if seen is None else q[seen]).to(v.dtype)
+            out, out_lse = attend_ranges(readers, k, v, ranges, nearness=near, return_lse=joint)  # (R, H, L, D)
+        else:
+            out, out_lse = read
         if joint:
             merged, merged_lse = self._join(attended, lse, out, out_lse, weight, seen)
             return Injection(merged, lse=merged_lse)
@@ -289,6 +312,27 @@ class ReferenceInjector:
             branch = branch.new_zeros(q.shape[0], *branch.shape[1:]).index_copy(0, seen, branch)  # (R, L, C)
         before = self.reader.z_position == "before_gate"
         return Injection(attended, branch if before else None, None if before else branch)
+
+    def _acts(self, layer: int, steps: Steps, q: Tensor) -> bool:
+        """Whether anything is read; raises where the call is another than the control was prepared for."""
+        if layer not in self.bank.values or not any(self.strengths[step.index] for step in steps):
+            return False
+        # nobody reads, yet in training every process goes back through the condition stream, or others wait for it
+        if self.blind and not torch.is_grad_enabled():
+            return False
+        self.bank.check(steps)
+        if self.rows is not None and len(self.rows) != q.shape[0]:
+            raise ValueError(
+                f"the control was prepared for {len(self.rows)} rows but the call has {q.shape[0]}; check images="
+            )
+        return True
+
+    def _read(self, layer: int, steps: Steps) -> tuple[Tensor, Tensor, KeyRanges | None, Nearness | None]:
+        """Keys and values (Rk, H, K, D), row r of those that read has row r % Rk; who sees which; the penalty."""
+        scope, penalty = self.reader.scope, self.reader.penalty(layer)
+        k, v = (x[self.bank_rows] for x in self.bank.read(layer, steps, scope))  # (Rk, H, K, D)
+        near = None if penalty is None else nearness(steps, scope, penalty, k.device)
+        return k, v, reference_ranges(steps, scope), near
 
     @staticmethod
     def _join(
@@ -303,16 +347,22 @@ class ReferenceInjector:
         merged, merged_lse = merge(attended[seen], lse[seen], out, out_lse)
         return attended.index_copy(0, seen, merged), lse.index_copy(0, seen, merged_lse)
 
-    def _rows(self, rows: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Row indices into the bank, the weights and the call, of those rows that read the reference."""
-        for index in (self.bank_rows, self.weight_rows, self.sees):
-            if index is not None and len(index) != rows:
-                raise ValueError(
-                    f"the control was prepared for {len(index)} rows but the call has {rows}; check images="
-                )
-        seen = self.seen
-        if seen is None:
-            return self.bank_rows, self.weight_rows, None
-        bank_rows = seen if self.bank_rows is None else self.bank_rows[seen]
-        weight_rows = seen if self.weight_rows is None else self.weight_rows[seen]
-        return (bank_rows if self.bank.rows > 1 else None, weight_rows if self.weights.shape[0] > 1 else None, seen)
+
+def _period(rows: list[int]) -> list[int]:
+    """The shortest list that, repeated, is this one: what one guidance branch has, where all branches have the same."""
+    lengths = (n for n in range(1, len(rows) + 1) if len(rows) % n == 0)
+    return next((rows[:n] for n in lengths if rows[:n] * (len(rows) // n) == rows), [])
+
+
+def _index(rows: list[int], device: torch.device) -> slice | Tensor:
+    """An index of these rows, a slice where they follow one another: taking them copies nothing then."""
+    first = rows[0] if rows else 0
+    if rows == list(range(first, first + len(rows))):
+        return slice(first, first + len(rows))
+    return _sent(rows, device)
+
+
+def _sent(rows: list[int], device: torch.device) -> Tensor:
+    """Row indices on a device, which the host does not wait for: rows change between scales."""
+    pinned = device.type == "cuda"
+    return torch.tensor(rows, dtype=torch.long, pin_memory=pinned).to(device, non_blocking=pinned)

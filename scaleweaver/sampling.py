@@ -1,8 +1,8 @@
 """Logits to bits: temperature, top-k, top-p, and one random stream per image.
 
 Infinity: Scaling Bitwise AutoRegressive Modeling for High-Resolution Image Synthesis (arXiv 2412.04431): every bit is
-a choice between two classes, so top-k is either off (2 and more) or the larger logit (1), and top-p = t drops the rarer
-class when its probability is at most 1 - t.
+a choice between two values, so top-k is either off (2 and more) or the likelier value (1), and top-p = t drops the
+rarer one when its probability is at most 1 - t.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class BitwiseSampler:
             raise ValueError(f"top_k is {self.top_k}, top_p is {self.top_p}; pass top_k >= 0 and top_p from 0 to 1")
 
     def tempered(self, logits: Tensor, step: ScaleStep) -> Tensor:
-        """Guided logits (B, L, 2N) as they are sampled from, float32."""
+        """Guided logits (B, L, N) as they are sampled from, float32."""
         return logits.float() / self._temperature(step)
 
     def sample(self, logits: Tensor, step: ScaleStep, generators: Sequence[torch.Generator]) -> Tensor:
-        """logits (B, L, 2N), pair 2j, 2j + 1 for bit j -> bits (B, L, N) uint8; image i draws from generators[i]."""
-        shape = (*logits.shape[:2], logits.shape[2] // 2, 2)  # (B, L, N, 2)
-        noise = None if self.top_k == 1 else exponential(shape, generators, logits.device)
+        """logits (B, L, N), log-odds of 1 -> bits (B, L, N) uint8; image i draws from generators[i]."""
+        # two numbers a bit, one for each value: what drawing from a softmax over two classes takes
+        noise = None if self.top_k == 1 else exponential((*logits.shape, 2), generators, logits.device)  # (B, L, N, 2)
         return sample_bits(logits, noise, temperature=self._temperature(step), top_p=self.top_p)  # (B, L, N)
 
     def _temperature(self, step: ScaleStep) -> float:
@@ -62,8 +62,12 @@ def exponential(shape: Sequence[int], generators: Sequence[torch.Generator], dev
     """Exp(1) noise of shape (B, ...) float32, that of image i from generators[i]."""
     if len(generators) != shape[0]:
         raise ValueError(f"{len(generators)} generators for {shape[0]} images; pass one per image")
-    noise = torch.empty(tuple(shape), dtype=torch.float32, device=device)
+    # page-locked memory reaches a GPU without a stop: the host draws the noise of a scale while the GPU computes it
+    pinned = device.type == "cuda" and all(generator.device.type == "cpu" for generator in generators)
+    noise = torch.empty(tuple(shape), dtype=torch.float32, device="cpu" if pinned else device, pin_memory=pinned)
     for row, generator in zip(noise, generators, strict=True):
-        fresh = torch.empty(row.shape, dtype=torch.float32, device=generator.device)
-        row.copy_(fresh.exponential_(generator=generator))
-    return noise
+        if row.device == generator.device:
+            row.exponential_(generator=generator)
+        else:
+            row.copy_(torch.empty(row.shape, device=generator.device).exponential_(generator=generator))
+    return noise.to(device, non_blocking=True)

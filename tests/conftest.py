@@ -15,3 +15,4 @@ if not torch.cuda.is_available():
 # several processes share the work: more threads than one each would only wait for one another
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # commands leave the number alone then

@@ -24,9 +24,7 @@ def assert_as_exact_as_torch(
     """Each result errs at most twice as much as plain torch, whose error may by luck be below `floor`."""
     for index, (ours, theirs, truth) in enumerate(zip(found, plain, exact, strict=True)):
         assert ours.dtype == theirs.dtype
-        # the interpreter cuts the digits that hardware rounds: twice the error before anything is computed
-        factor = 3 if ours.dtype == torch.bfloat16 and not GPU else 2
-        allowed = factor * max(relative_error(theirs, truth), floor or torch.finfo(ours.dtype).eps / 8)
+        allowed = 2 * max(relative_error(theirs, truth), floor or torch.finfo(ours.dtype).eps / 8)
         error = relative_error(ours, truth)
         assert error <= allowed, f"result {index}: error {error:.2e}, allowed {allowed:.2e}"
 

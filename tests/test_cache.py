@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 from scaleweaver.cache import FullCache, KVCache, NoCache, SlidingWindow
 from scaleweaver.kernels.attention import attend_reference
-from scaleweaver.kernels.dispatch import use_kernels
 
 R, H, D = 2, 3, 8
 STEPS = tiny_schedule().steps
@@ -77,10 +76,9 @@ def test_keys_written_in_place_serve_like_copies():
             q, k, v = qkv(step.n, 10 * layer + step.index)
             want, _ = copied.attend(layer, (step,), q, k, v)
             before = placed._layers[layer][0] if step.index == 1 else None
-            with use_kernels(True):
-                room = placed.room(layer, (step,), torch.empty(R, step.n, 3 * H * D), H)
-                got, _ = placed.attend(layer, (step,), q, room[0].copy_(k), room[1].copy_(v))
-            assert_close(got, want)
+            room = placed.room(layer, (step,), torch.empty(R, step.n, 3 * H * D), H)
+            got, _ = placed.attend(layer, (step,), q, room[0].copy_(k), room[1].copy_(v))
+            assert torch.equal(got, want)
             if before is not None:  # the history has not moved
                 assert placed._layers[layer][0].data_ptr() == before.data_ptr()
         assert placed.nbytes() == copied.nbytes()
@@ -91,15 +89,12 @@ def test_keys_written_in_place_serve_like_copies():
     assert placed.nbytes() == 0
 
 
-def test_room_is_for_kernels_that_keep_everything():
+def test_room_is_for_drawing_with_policies_that_keep_everything():
     projection = torch.empty(R, 1, 3 * H * D)
     with torch.no_grad():
-        assert KVCache().room(0, STEPS[:1], projection, H) is None
-        with use_kernels(True):
-            assert KVCache(SlidingWindow(9)).room(0, STEPS[:1], projection, H) is None
-            assert KVCache().room(0, STEPS[:1], projection, H)[0].shape == (R, H, 1, D)
-    with use_kernels(True):
-        assert KVCache().room(0, STEPS[:1], projection, H) is None  # a gradient would be asked for
+        assert KVCache(SlidingWindow(9)).room(0, STEPS[:1], projection, H) is None
+        assert KVCache().room(0, STEPS[:1], projection, H)[0].shape == (R, H, 1, D)
+    assert KVCache().room(0, STEPS[:1], projection, H) is None  # a gradient would be asked for
 
 
 def test_no_cache_sees_the_scale_alone():

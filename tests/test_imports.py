@@ -18,19 +18,23 @@ ORDER = [
         "scaleweaver.images",
         "scaleweaver.metadata",
         "scaleweaver.precision",
+        "scaleweaver.quantize",
+        "scaleweaver.threads",
         "scaleweaver.download",
         "scaleweaver.controls",
     ],
     ["scaleweaver.contracts"],
     ["scaleweaver.masks", "scaleweaver.cache", "scaleweaver.guidance", "scaleweaver.sampling"],
     ["scaleweaver.tokenizers"],
-    ["scaleweaver.reference", "scaleweaver.lora"],
+    ["scaleweaver.reference", "scaleweaver.lora", "scaleweaver.cards", "scaleweaver.card_files"],
     ["scaleweaver.backbones"],
     ["scaleweaver.methods"],
     ["scaleweaver.adapters"],
     ["scaleweaver.styles"],
     ["scaleweaver.conditions", "scaleweaver.loop", "scaleweaver.control_images", "scaleweaver.request"],
     ["scaleweaver.control_maps"],
+    ["scaleweaver.graphs", "scaleweaver.evaluate.memory"],
+    ["scaleweaver.estimate"],
     ["scaleweaver.hub"],
     ["scaleweaver.checkpoints"],
     ["scaleweaver.pipeline"],
@@ -44,9 +48,12 @@ ORDER = [
         "scaleweaver.evaluate.report",
         "scaleweaver.evaluate.fidelity",
         "scaleweaver.evaluate.quality",
+        "scaleweaver.evaluate.plain",
+        "scaleweaver.evaluate.speed",
     ],
+    ["scaleweaver.demo", "scaleweaver.serve"],
     ["scaleweaver.commands"],
-    ["scaleweaver.cli"],
+    ["scaleweaver.cli", "scaleweaver.demo.app"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
@@ -54,7 +61,8 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 def modules() -> dict[str, Path]:
     """Import name -> file, for all that the wheel holds."""
     found = {}
-    for folder, prefix in (("scaleweaver", ()), ("controls", ("scaleweaver",)), ("kernels", ("scaleweaver",))):
+    beside = [(folder, ("scaleweaver",)) for folder in ("controls", "demo", "kernels")]
+    for folder, prefix in [("scaleweaver", ()), *beside]:
         for file in (ROOT / folder).rglob("*.py"):
             parts = (*prefix, *file.relative_to(ROOT).with_suffix("").parts)
             found[".".join(parts).removesuffix(".__init__")] = file
@@ -88,7 +96,7 @@ def imports(file: Path, known: dict[str, Path], *, at_load: bool = False) -> set
         else:
             continue
         for name in names:
-            assert name.split(".")[0] not in ("kernels", "controls"), f"{file}: write scaleweaver.{name}"
+            assert name.split(".")[0] not in ("kernels", "controls", "demo"), f"{file}: write scaleweaver.{name}"
             if name.split(".")[0] == "scaleweaver":
                 found.add(name if name in known else name.rpartition(".")[0])
     return found

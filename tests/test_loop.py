@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import recording
+from tiny import log_odds, recording
 
 from scaleweaver.cache import KVCache
 from scaleweaver.conditions import build, make_generators
@@ -71,7 +71,7 @@ def recorded(request) -> Recorded:
 
 def assert_logits(recorded: Recorded, name: str, seen: list[torch.Tensor]) -> None:
     for k, logits in enumerate(seen):
-        torch.testing.assert_close(logits, recorded.runs[f"{name}.logits.{k}"], atol=1e-3, rtol=0)
+        torch.testing.assert_close(logits, log_odds(recorded.runs[f"{name}.logits.{k}"]), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("tag", ["sq", "ns"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import tiny_schedule
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scaleweaver.contracts import Injector
 from scaleweaver.kernels.attention import attend
@@ -107,6 +108,52 @@ def test_rows() -> None:
         injector.inject(0, (step,), q[:3], attended[:3], None)
 
 
+class BankReads(TorchDispatchMode):
+    """Operations that put numbers of a bank into new memory, attention aside."""
+
+    def __init__(self, own: ReferenceBank) -> None:
+        super().__init__()
+        self.storages = {x.untyped_storage().data_ptr() for part in (own.keys, own.values) for x in part.values()}
+        self.copies: list[str] = []
+        self.attended = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(x, Tensor) and self.of_bank(x) for x in args):
+            if "attention" in func.__name__ or "bmm" in func.__name__:
+                self.attended += 1
+            elif isinstance(result, Tensor) and not self.of_bank(result):
+                self.copies.append(func.__name__)
+        return result
+
+    def of_bank(self, x: Tensor) -> bool:
+        return x.untyped_storage().data_ptr() in self.storages
+
+
+@pytest.mark.parametrize("fusion", ["separate", "joint"])
+@pytest.mark.parametrize("scales", [slice(2, 3), slice(0, 4)])
+@pytest.mark.parametrize("bank_rows", [1, 2])
+def test_branches_share_keys_and_values_without_a_copy(fusion: str, scales: slice, bank_rows: int) -> None:
+    steps, own = SCHEDULE.steps[scales], bank(bank_rows)
+    tokens = sum(step.n for step in steps)
+    q, attended, lse = normal(6, H, tokens, D), normal(6, H, tokens, D), normal(6, H, tokens)
+    sees = (True, True, False)
+    mask = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    injector = ReferenceInjector(own, reader(fusion=fusion), ON, sees, mask, images=2)
+    with BankReads(own) as reads:
+        shared = injector.inject(0, steps, q, attended, lse)
+        survivors = injector.select_rows(torch.tensor([1, 3, 5])).inject(
+            0, steps, q[[1, 3, 5]], attended[[1, 3, 5]], lse[[1, 3, 5]]
+        )
+    assert reads.attended > 0 and not reads.copies
+    each = ReferenceInjector(own.select_rows(torch.tensor([0, 1] * 3)), reader(fusion=fusion), ON, sees, mask, images=2)
+    result = each.inject(0, steps, q, attended, lse)
+    for got, left, want in zip(shared, survivors, result, strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            assert torch.equal(got, want) and torch.equal(left, want[[1, 3, 5]])
+
+
 def one(own: ReferenceBank, row: int, step: object) -> tuple[Tensor, Tensor]:
     seen = slice(step.start, step.stop)  # type: ignore[attr-defined]
     return own.keys[0][row : row + 1, :, seen], own.values[0][row : row + 1, :, seen]
@@ -134,6 +181,23 @@ def test_blind_branch_receives_exactly_nothing(bank_rows: int) -> None:
             ReferenceInjector(bank(), reader(), ON, sees)
     with pytest.raises(ValueError, match="encoded controls and 1 masks for 5 images"):
         ReferenceInjector(bank(2), reader(), ON, sees, images=5)
+
+
+@pytest.mark.parametrize("bank_rows", [1, 2])
+def test_rows_that_are_all_blind_still_lead_back_to_the_condition(bank_rows: int) -> None:
+    """Processes that share a batch wait for one another in the backward pass, also for one whose rows see nothing."""
+    own = bank(bank_rows)
+    for x in (own.keys[0], own.values[0]):
+        x.requires_grad_()
+    steps = SCHEDULE.steps
+    q, attended = (normal(2, H, SCHEDULE.length, D, seed=seed) for seed in (3, 4))
+    injector = ReferenceInjector(own, reader(), ON, (False,), images=2)
+    branch = injector.inject(0, steps, q, attended, None).before_gate
+    assert branch is not None and branch.abs().max() == 0
+    branch.sum().backward()
+    assert own.keys[0].grad is not None and own.keys[0].grad.abs().max() == 0
+    with torch.no_grad():
+        assert injector.inject(0, steps, q, attended, None).before_gate is None
 
 
 def test_mask_is_averaged_over_each_token() -> None:

@@ -13,23 +13,34 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 
 def logits(images: int = 2, bits: int = 8, seed: int = 0) -> torch.Tensor:
-    return torch.randn(images, STEP.n, 2 * bits, generator=torch.Generator().manual_seed(seed))
+    return 2 * torch.randn(images, STEP.n, bits, generator=torch.Generator().manual_seed(seed))
+
+
+def two_classes(x: torch.Tensor) -> torch.Tensor:
+    """Logits of the values 0 and 1, (..., N) -> (..., N, 2)."""
+    return torch.stack((torch.zeros_like(x), x), dim=-1)
 
 
 def test_bits_have_the_layout_of_their_logits():
     bits = BitwiseSampler().sample(logits(), STEP, generators(1, 2))
     assert bits.shape == (2, 15, 8) and bits.dtype == torch.uint8
     assert set(bits.unique().tolist()) == {0, 1}
-    certain = torch.zeros(1, 15, 6)
-    certain[..., 1], certain[..., 2], certain[..., 5] = 200, 200, 200  # bits 1, 0, 1
+    certain = torch.tensor([200.0, -200.0, 200.0]).expand(1, 15, 3)
     assert BitwiseSampler().sample(certain, STEP, generators(0))[0, 7].tolist() == [1, 0, 1]
 
 
 def test_draw_equals_multinomial_of_one_image():
-    p = logits(1).unflatten(-1, (-1, 2)).softmax(-1)
+    p = two_classes(logits(1)).softmax(-1)
     ours = draw(p, generators(5))
     theirs = torch.multinomial(p.reshape(-1, 2), 1, generator=generators(5)[0])
     assert torch.equal(ours.reshape(-1), theirs.reshape(-1))
+
+
+def test_bits_are_drawn_as_from_two_classes():
+    x = logits(2, 64)
+    ours = BitwiseSampler().sample(x, STEP, generators(5, 6))
+    assert torch.equal(ours, draw(two_classes(x).softmax(-1), generators(5, 6)).to(torch.uint8))
+    assert abs(float(ours.float().mean() - x.sigmoid().mean())) < 0.05
 
 
 def test_frequencies_follow_the_probabilities():
@@ -45,11 +56,11 @@ def test_image_does_not_depend_on_its_batch():
     assert torch.equal(together[1:2], alone)
 
 
-def test_top_k_one_takes_the_larger_logit_and_draws_nothing():
+def test_top_k_one_takes_the_likelier_value_and_draws_nothing():
     x, g = logits(), generators(1, 2)
     before = g[0].get_state()
     bits = BitwiseSampler(top_k=1).sample(x, STEP, g)
-    assert torch.equal(bits, x.unflatten(-1, (-1, 2)).argmax(-1).to(torch.uint8))
+    assert torch.equal(bits, (x > 0).to(torch.uint8))
     assert torch.equal(g[0].get_state(), before)
 
 
@@ -59,8 +70,8 @@ def test_top_k_two_is_off():
 
 
 def test_top_p_drops_exactly_the_rare_classes():
-    x = logits(1, 64) * 4
-    rare = x.unflatten(-1, (-1, 2)).softmax(-1).amin(-1) <= 0.03
+    x = logits(1, 64) * 2
+    rare = two_classes(x).softmax(-1).amin(-1) <= 0.03
     likeliest = BitwiseSampler(top_k=1).sample(x, STEP, generators(0))
     plain = BitwiseSampler().sample(x, STEP, generators(9))
     cut = BitwiseSampler(top_p=0.97).sample(x, STEP, generators(9))

@@ -308,7 +308,12 @@ class Adds:
     def needs_lse(self, layer: int) -> bool:
         return self.wants_lse
 
-    def inject(self, layer: int, steps: Steps, q: Tensor, attended: Tensor, lse: Tensor | None) -> Injection:
+    def keys(self, layer: int, steps: Steps, q: Tensor) -> None:
+        return None
+
+    def inject(
+        self, layer: int, steps: Steps, q: Tensor, attended: Tensor, lse: Tensor | None, read: None = None
+    ) -> Injection:
         assert (lse is not None) == self.wants_lse
         assert q.shape == attended.shape and (self.rows is None or self.rows == len(q))
         self.calls.append((layer, len(q)))

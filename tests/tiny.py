@@ -62,6 +62,11 @@ def tiny_text(lengths: Sequence[int] = (5, 3), seed: int = 0) -> TextFeatures:
     return TextFeatures(torch.randn(sum(lengths), TEXT_WIDTH, generator=generator), tuple(lengths))
 
 
+def log_odds(pairs: Tensor) -> Tensor:
+    """What the original's two classes per bit say of 1 against 0: (..., 2N) -> (..., N)."""
+    return pairs[..., 1::2] - pairs[..., ::2]
+
+
 @dataclass(frozen=True)
 class Recording:
     """Recorded numbers of published code: tensors by name, sizes, and facts of each run."""

@@ -22,6 +22,7 @@ from scaleweaver.backbones.layers import Block, Padding, TextPool
 from scaleweaver.backbones.rope import rope_table
 from scaleweaver.cache import KVCache
 from scaleweaver.contracts import Injector, Steps, TextContext, TextFeatures
+from scaleweaver.kernels.attention import outside_autocast
 from scaleweaver.kernels.gate_norm import modulate
 from scaleweaver.kernels.qkv_rope import Rope
 from scaleweaver.schedule import ScaleStep
@@ -43,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class InfinityTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
-    """Logits of two classes per bit, for the tokens of one scale or of several at once.
+    """One logit per bit, for the tokens of one scale or of several at once.
 
     `bits` is the number of bits per transformer token. `ffn_hidden` defaults to four times the width, rounded to 256;
     `pool_heads` to one head per 128 of the text encoder's channels. `drop_path` is the stochastic depth of the last
@@ -226,7 +227,7 @@ class InfinityTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: i
         layers: Sequence[int] | None = None,
         mix: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Logits (R, T, 2N) float32, outputs 2j and 2j + 1 for bit j being 0 and 1.
+        """Logits (R, T, N) float32: the log-odds of bit j being 1, log p(1) - log p(0).
 
         inputs as in `embed`; `layers` runs only these blocks; `mix(layer, x)` may change the state after a block.
         """
@@ -246,15 +247,27 @@ class InfinityTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: i
         return self.head_logits(x, text)
 
     def head_logits(self, x: Tensor, text: TextContext) -> Tensor:
-        """Hidden states (R, T, C) -> logits (R, T, 2N) float32."""
+        """Hidden states (R, T, C) -> logits (R, T, N) float32."""
         scale, shift = _linear_fp32(self.head_modulation, F.silu(text.pooled))[:, None].chunk(2, dim=-1)  # (R, 1, C)
-        return _linear_fp32(self.head, modulate(x, scale, shift, self.config["norm_eps"]))  # (R, T, 2N)
+        return _log_odds(self.head, modulate(x, scale, shift, self.config["norm_eps"]))  # (R, T, N)
 
 
 def _linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer at its weights' precision, outside autocast, with a float32 result."""
-    with torch.autocast(x.device.type, enabled=False):
+    with outside_autocast(x):
         return layer(x.to(layer.weight.dtype)).float()
+
+
+def _log_odds(head: nn.Linear, x: Tensor) -> Tensor:
+    """Output 2j + 1 of the head minus output 2j: published heads have a class each for bit j being 0 and 1, of which
+    only the difference matters. That of the weights takes half the products.
+    """
+    if type(head) is not nn.Linear:  # a LoRA sits in it
+        classes = _linear_fp32(head, x)  # (R, T, 2N)
+        return classes[..., 1::2] - classes[..., ::2]  # (R, T, N)
+    with outside_autocast(x):
+        weight, bias = head.weight[1::2] - head.weight[::2], head.bias[1::2] - head.bias[::2]  # (N, C), (N,)
+        return F.linear(x.to(weight.dtype), weight, bias).float()  # (R, T, N)
 
 
 @lru_cache(maxsize=64)

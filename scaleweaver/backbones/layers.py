@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from scaleweaver.contracts import Injector, Steps, TextContext
 from scaleweaver.kernels.attention import attend
 from scaleweaver.kernels.gate_norm import gate_norm, modulate
 from scaleweaver.kernels.qkv_rope import Rope, qkv_rope
+from scaleweaver.precision import fuses_linear
 
 Room = Callable[[Tensor, int], tuple[Tensor, Tensor] | None]  # (projection, heads) -> where keys and values go
 
@@ -81,7 +83,20 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(y.to(self.fc1.bias.dtype)), approximate="tanh"))
+        return self.fc2(_linear_gelu(self.fc1, y.to(self.fc1.bias.dtype)))
+
+
+def _linear_gelu(layer: Any, y: Tensor) -> Tensor:
+    if getattr(layer, "active_adapters", None) == []:  # a LoRA wraps the layer, and no adapter is on
+        layer = layer.get_base_layer()
+    plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter  # neither LoRA nor quantised
+    if plain and fuses_linear(y) and y.dtype == layer.weight.dtype:
+        # oneDNN applies the function to sums that it still holds, and the widest tensor of a block is passed over once
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise(
+            y, layer.weight, layer.bias, "gelu", [], "tanh"
+        )  # (R, L, 4C)
+        return fused
+    return F.gelu(layer(y), approximate="tanh")  # (R, L, 4C)
 
 
 class TextPool(nn.Module):
@@ -155,10 +170,14 @@ class Block(nn.Module):
         y = modulate(x, scale1, shift1, self.eps, dtype=self.attn.q_bias.dtype)  # (R, L, C)
         q, k, v = self.attn.project(y, rope, partial(cache.room, layer, steps))  # (R, H, L, D)
         wants_lse = any(injector.needs_lse(layer) for injector in injectors)
-        attended, lse = cache.attend(layer, steps, q, k, v, return_lse=wants_lse)  # (R, H, L, D)
+        offered = injectors[0].keys(layer, steps, q) if injectors else None
+        if offered is None:
+            (attended, lse), read = cache.attend(layer, steps, q, k, v, return_lse=wants_lse), None  # (R, H, L, D)
+        else:
+            (attended, lse), read = cache.attend_both(layer, steps, q, k, v, offered, return_lse=wants_lse)
         inside, outside = [], []
         for injector in injectors:
-            injection = injector.inject(layer, steps, q, attended, lse)
+            injection = injector.inject(layer, steps, q, attended, lse, read if injector is injectors[0] else None)
             attended, lse = injection.attended, lse if injection.lse is None else injection.lse
             inside += [] if injection.before_gate is None else [injection.before_gate]
             outside += [] if injection.after_gate is None else [injection.after_gate]

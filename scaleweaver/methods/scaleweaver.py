@@ -259,7 +259,8 @@ def prefill(
         else:
             c, k, v = condition_block(*arguments)
         if layer in adapter.blocks:
-            keys[layer], values[layer] = k.to(v.dtype), v  # (Bc, H, T, D)
+            # in memory of its own: a view would keep the queries beside it alive
+            keys[layer], values[layer] = k.to(v.dtype).contiguous(), v  # (Bc, H, T, D)
     return ReferenceBank(keys, values, schedule)
 
 

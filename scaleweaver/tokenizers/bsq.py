@@ -96,7 +96,9 @@ class BSQTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latents (B, d, Hl, Wl) -> pictures (B, 3, H, W) clamped to [-1, 1], float32."""
-        return self.decoder(latent.to(self.dtype)).float().clamp(-1, 1)
+        # with channels last, convolutions need not rearrange what they read and write
+        latent = latent.to(self.dtype, memory_format=torch.channels_last)
+        return self.decoder(latent).float().clamp(-1, 1)
 
     @torch.no_grad()
     def quantize(self, latent: Tensor, schedule: ScaleSchedule) -> tuple[list[Tensor], Tensor]:

@@ -19,7 +19,7 @@ def bit_loss(
     reweight: bool = True,
     magnitudes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (B, T, 2N), outputs 2j and 2j + 1 for bit j being 0 and 1; labels (B, T, N) in {0, 1}.
+    """logits (B, T, N), the log-odds of 1; labels (B, T, N) in {0, 1}.
 
     Returns the loss, the mean bit cross-entropy per scale (S,) in nats and the share of right bits per scale (S,), the
     last without gradient. With `reweight` a token of scale k weighs 1 / sqrt(n_k), otherwise all tokens weigh the same.
@@ -27,15 +27,14 @@ def bit_loss(
     forget signs of next to nothing (ours, no paper's).
     """
     counts = torch.tensor([step.n for step in schedule.steps])
-    if logits.shape[:2] != labels.shape[:2] or logits.shape[2] != 2 * labels.shape[2] or len(counts) == 0:
-        raise ValueError(f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}; pass two per bit")
+    if logits.shape != labels.shape or len(counts) == 0:
+        raise ValueError(f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}; pass one per bit")
     if logits.shape[1] != schedule.length:
         raise ValueError(f"{logits.shape[1]} tokens given, the schedule has {schedule.length}; truncate one of them")
-    # the two-class softmax depends on the difference of its logits alone
-    difference = logits[..., 1::2].float() - logits[..., 0::2].float()  # (B, T, N)
-    target = labels.to(difference.dtype)
-    entropy = F.binary_cross_entropy_with_logits(difference, target, reduction="none")  # (B, T, N)
-    right = ((difference.detach() > 0) == (target > 0)).float()  # (B, T, N)
+    logits = logits.float()
+    target = labels.to(logits.dtype)
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")  # (B, T, N)
+    right = ((logits.detach() > 0) == (target > 0)).float()  # (B, T, N)
     sizes = counts.tolist()
     parts = entropy.split(sizes, dim=1)
     if magnitudes is not None:

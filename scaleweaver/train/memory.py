@@ -11,11 +11,11 @@ image stream (a linear layer that does not learn keeps no input):
     the hidden layer before its GELU                                         a hidden
 
 a block that reads a control adds the result of that attention and its contiguous copy, 2 a C, and a condition block has
-the same without cross-attention, and two inputs of layers with LoRA: 4 + 4 + (8 or 16) + 6 a C + a hidden. Every
-attention keeps its mask, a L^2; on a CPU in bfloat16 it keeps its weights, (4 + 2) R H L^2. With gradient checkpointing
-all that remains of a block is its float32 input, 4 C, and the keys and values of the bank, 2 a C an injected block;
-one block at a time is whole. Before all that the maps go through the tokenizer, five states of its first width and
-of the picture's size.
+the same without cross-attention, and two inputs of layers with LoRA: 4 + 4 + (8 or 16) + 6 a C + a hidden. An
+attention with a mask keeps it, a L^2, and only small ones have one; on a CPU in bfloat16 it keeps its weights, (4 + 2)
+R H for each pair of query and key that is computed. With gradient checkpointing all that remains of a block is its
+float32 input, 4 C, and the keys and values of the bank, 2 a C an injected block; one block at a time is whole. Before
+all that the maps go through the tokenizer, five states of its first width and of the picture's size.
 
 Of what learns (n numbers, float32): 4n each for weights, gradients and averages, 8n for AdamW's two moments or
 2n + n / 32 in 8 bits. On a GPU add what its driver and the allocator take: 1 GiB is assumed, not measured.
@@ -37,6 +37,8 @@ from transformers import T5Config, T5EncoderModel
 from scaleweaver.adapters import add_control, trainable_parameters
 from scaleweaver.backbones.infinity import InfinityTransformer
 from scaleweaver.hub import BUILT_IN, locate
+from scaleweaver.kernels.interval_attention import computed_pairs, splits
+from scaleweaver.masks import Kind, key_ranges
 from scaleweaver.methods.scaleweaver import ScaleWeaverConfig
 from scaleweaver.precision import read_dtype
 from scaleweaver.schedule import RATIOS, ScaleSchedule
@@ -131,9 +133,9 @@ def estimate(config: TrainConfig, *, device: str = "cuda", processes: int = 1) -
         learned += trainable_parameters(transformer, adapters[-1], name).values()
     own, trained = {id(p) for p in learned}, sum(p.numel() for p in learned)
     frozen_size = 4 if read_dtype(options.get("dtype")) in (None, torch.float32) else 2
-    work = _Work(transformer, vae, adapters, config, options, device, frozen_size)
     rows = config.batch // processes
     longest = max(schedules, key=lambda schedule: schedule.length)
+    work = _Work(transformer, vae, adapters, config, options, device, frozen_size, longest)
     pixels = max(schedule.height * schedule.width for schedule in schedules)
     eight_bit = config.optimizer == "adamw_8bit"
     return MemoryPlan(
@@ -166,6 +168,7 @@ class _Work:
     options: Mapping[str, Any]
     device: str
     frozen_size: int
+    schedule: ScaleSchedule
 
     @property
     def size(self) -> int:
@@ -184,18 +187,25 @@ class _Work:
         before_norm = 8 if a == 2 else 16
         states = 4 + 4 if condition else 12
         per_token = (states + before_norm + 6 * a) * c + a * hidden
-        return rows * tokens * per_token + self.attention(rows, heads, tokens)
+        attention = self.attention(rows, heads, self.reference_kind if condition else "block_causal")
+        return rows * tokens * per_token + attention
 
-    def attention(self, rows: int, heads: int, tokens: int) -> int:
-        """What one attention with a mask keeps beside queries, keys, values and result."""
+    @property
+    def reference_kind(self) -> Kind:
+        """Which keys condition tokens and readers of a control see, of several controls most."""
+        return "block_causal" if any(adapter.scope == "causal" for adapter in self.adapters) else "same_scale"
+
+    def attention(self, rows: int, heads: int, kind: Kind) -> int:
+        """What one attention over all scales keeps beside queries, keys, values and result."""
+        ranges, tokens = key_ranges(self.schedule.steps, kind), self.schedule.length
         if self.device == "cpu" and self.size == 2:
-            return 6 * rows * heads * tokens**2
-        return self.size * tokens**2
+            return 6 * rows * heads * computed_pairs(ranges, tokens)
+        return 0 if splits(ranges, tokens) else self.size * tokens**2
 
     def reading(self, rows: int, tokens: int) -> int:
         """What reading one control adds to a block."""
         c, heads = self.transformer.config["width"], self.transformer.config["heads"]
-        return rows * tokens * 2 * self.size * c + self.attention(rows, heads, tokens)
+        return rows * tokens * 2 * self.size * c + self.attention(rows, heads, self.reference_kind)
 
     def kept(self, rows: int, tokens: int) -> int:
         """For the backward pass, by both streams."""

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny import Recording, recording, tiny_backbone, tiny_schedule, tiny_text
+from tiny import Recording, log_odds, recording, tiny_backbone, tiny_schedule, tiny_text
 from torch.testing import assert_close
 
 from scaleweaver.backbones.infinity import PRESETS, InfinityTransformer
@@ -65,7 +65,7 @@ def test_text_path_equals_the_recording(recorded):
 def test_logits_and_losses_equal_the_recording(recorded, tag):
     model, want, schedule = recorded.backbone(), recorded.tensors, schedule_of(recorded, tag)
     logits = model(want[f"{tag}.x_in"], schedule.steps, model.encode_text(recorded.text()), KVCache())
-    close(logits, want[f"{tag}.tf.logits"], 2e-4)
+    close(logits, log_odds(want[f"{tag}.tf.logits"]), 2e-4)
     labels = labels_of(recorded, tag)
     loss, per_scale, accuracy = bit_loss(logits, labels, schedule)
     close(loss[None], want[f"{tag}.tf.loss_reweighted"], 1e-5)
@@ -79,7 +79,7 @@ def test_logits_and_losses_equal_the_recording(recorded, tag):
 def test_unconditional_logits_equal_the_recording(recorded):
     model, want, schedule = recorded.backbone(), recorded.tensors, schedule_of(recorded, "sq")
     null = model.encode_text(model.null_features(recorded.text().lengths))
-    close(model(want["sq.x_in"], schedule.steps, null, KVCache()), want["sq.tf_uncond.logits"], 2e-4)
+    close(model(want["sq.x_in"], schedule.steps, null, KVCache()), log_odds(want["sq.tf_uncond.logits"]), 2e-4)
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def test_scale_by_scale_equals_all_at_once(recorded, tag):
     for step in schedule:
         given = inputs[:, step.start - 1 : step.stop - 1] if step.index else None
         parts.append(model(given, (step,), context, cache))
-    close(torch.cat(parts, dim=1), recorded.tensors[f"{tag}.tf.logits"], 2e-4)
+    close(torch.cat(parts, dim=1), log_odds(recorded.tensors[f"{tag}.tf.logits"]), 2e-4)
     assert cache.tokens(0) == schedule.length - schedule.steps[-1].n
 
 
@@ -219,7 +219,11 @@ class Recorder:
     def needs_lse(self, layer: int) -> bool:
         return self.lse
 
-    def inject(self, layer, steps, q, attended, lse):
+    def keys(self, layer, steps, q):
+        return None
+
+    def inject(self, layer, steps, q, attended, lse, read=None):
+        assert read is None
         self.shown.append((attended.shape, None if lse is None else lse.shape))
         rows, tokens = attended.shape[0], attended.shape[2]
         term = torch.ones(rows, tokens, self.width)
@@ -311,13 +315,32 @@ def test_save_and_load_round_trip(tmp_path):
     assert (rough - a).norm() / a.norm() < 0.05
 
 
+def test_the_head_is_the_difference_of_its_classes_also_with_a_lora():
+    from peft import LoraConfig
+
+    model, steps = tiny_backbone(), tiny_schedule().steps
+    context = model.encode_text(tiny_text())
+    x = torch.randn(2, steps[-1].stop, model.config.width, generator=torch.Generator().manual_seed(1))
+    scale, shift = model.head_modulation(torch.nn.functional.silu(context.pooled))[:, None].chunk(2, dim=-1)
+    classes = model.head(modulate(x, scale, shift))
+    logits = model.head_logits(x, context)
+    assert logits.shape == (2, steps[-1].stop, model.config.bits) and logits.dtype == torch.float32
+    close(logits, log_odds(classes), 1e-5)
+    model.add_adapter(LoraConfig(r=2, target_modules=["head"]), adapter_name="style")
+    close(model.head_logits(x, context), logits, 1e-5)
+    model.head.lora_B["style"].weight.data.normal_(generator=torch.Generator().manual_seed(2))
+    styled = model.head_logits(x, context)
+    assert (styled - logits).abs().max() > 1e-2
+    styled.sum().backward()
+    assert model.head.lora_A["style"].weight.grad.abs().max() > 0
+
+
 def test_peft_wraps_the_projections():
     from peft import LoraConfig
 
     model, steps = tiny_backbone(), tiny_schedule().steps
     inputs, text = tiny_inputs(model), tiny_text()
-    with torch.no_grad():
-        before = model(inputs, steps, model.encode_text(text), KVCache())
+    before = model(inputs, steps, model.encode_text(text), KVCache())
     targets = r"blocks\.\d+\.(attn\.(qkv|proj)|ffn\.(fc1|fc2))"
     model.add_adapter(LoraConfig(r=2, target_modules=targets), adapter_name="edges")
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 4 * model.config.depth
@@ -343,7 +366,7 @@ def test_stochastic_depth_closes_whole_branches():
     torch.manual_seed(0)
     noisy = model(inputs, steps, context, KVCache())
     assert torch.equal(model.eval()(inputs, steps, context, KVCache()), model(inputs, steps, context, KVCache()))
-    assert noisy.shape == (2, 30, 24)
+    assert noisy.shape == (2, 30, 12)
 
 
 def test_tables_made_while_generating_can_be_trained_with():
@@ -360,9 +383,9 @@ def test_a_first_scale_of_several_tokens_and_a_single_scale():
     model = tiny_backbone()
     context = model.encode_text(tiny_text((4, 4)))
     wide = ScaleSchedule(((2, 2), (4, 4)), position_grid=(4, 4))
-    assert model(torch.randn(2, 16, 12), wide.steps, context, KVCache()).shape == (2, 20, 24)
+    assert model(torch.randn(2, 16, 12), wide.steps, context, KVCache()).shape == (2, 20, 12)
     alone = ScaleSchedule(((1, 1),), position_grid=(1, 1))
-    assert model(None, alone.steps, context, KVCache()).shape == (2, 1, 24)
+    assert model(None, alone.steps, context, KVCache()).shape == (2, 1, 12)
 
 
 def test_wrong_inputs_are_named():
@@ -394,3 +417,19 @@ def test_fresh_weights_start_near_even_odds():
         logits = model(tiny_inputs(model), tiny_schedule().steps, model.encode_text(tiny_text()), KVCache())
     assert 0 < logits.abs().max() < 0.2
     assert model.blocks[0].modulation[:, :, :2].abs().max() < 1e-4 < model.blocks[0].modulation.abs().max()
+
+
+@torch.no_grad()
+def test_fused_gelu_is_gelu_and_an_idle_lora_changes_no_bit():
+    from peft import LoraConfig
+
+    model, steps = tiny_backbone(), tiny_schedule().steps
+    inputs, context = tiny_inputs(model), model.encode_text(tiny_text())
+    fused = model(inputs, steps, context, KVCache())
+    with torch.backends.mkldnn.flags(enabled=False):
+        close(fused, model(inputs, steps, context, KVCache()), 1e-4)
+    model.add_adapter(LoraConfig(r=2, target_modules=r"blocks\.\d+\.ffn\.fc1"), adapter_name="style")
+    model.disable_adapters()
+    for block in model.blocks:
+        block.ffn.fc1._active_adapter = []
+    assert torch.equal(model(inputs, steps, context, KVCache()), fused)

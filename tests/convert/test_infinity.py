@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import TEXT_WIDTH, recording, tiny_text
+from tiny import TEXT_WIDTH, log_odds, recording, tiny_text
 from tiny_official import (
     BITS,
     official_tokenizer,
@@ -152,7 +152,7 @@ def test_recorded_weights_give_the_recorded_logits(name: str, tmp_path: Path) ->
     assert pipe.transformer.config["text_length"] == 512  # the recorded table is shorter
     text, schedule = pipe.transformer.encode_text(recorded.text()), infinity_schedule("1.0", "0.06M")
     found = pipe.transformer(want["sq.x_in"], schedule.steps, text, KVCache())
-    torch.testing.assert_close(found, want["sq.tf.logits"], atol=2e-4, rtol=0)
+    torch.testing.assert_close(found, log_odds(want["sq.tf.logits"]), atol=2e-4, rtol=0)
 
 
 def test_the_folder_draws(parts: dict[str, Any], model: InfinityTransformer, tmp_path: Path) -> None:

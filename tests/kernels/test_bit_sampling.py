@@ -39,7 +39,7 @@ ALL = [  # for GPUs
 def case(branches: int, tokens: int, bits: int, dtype: torch.dtype, images: int = 2) -> tuple[Tensor, Tensor]:
     """Logits of all branches, and one stream of noise per image."""
     draw = torch.Generator().manual_seed(tokens * 100 + bits)
-    logits = 2 * torch.randn(branches * images, tokens, 2 * bits, generator=draw)
+    logits = 3 * torch.randn(branches * images, tokens, bits, generator=draw)
     generators = [torch.Generator().manual_seed(seed) for seed in range(images)]
     return logits.to(DEVICE, dtype), exponential((images, tokens, bits, 2), generators, DEVICE)
 
@@ -47,12 +47,11 @@ def case(branches: int, tokens: int, bits: int, dtype: torch.dtype, images: int 
 def evidence(
     logits: Tensor, noise: Tensor, weights: tuple[float, ...], temperature: float, top_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In float64, for every bit: how far the likelier class, the draw and the nucleus are from tipping over."""
+    """In float64, for every bit: how far the likelier value, the draw and the nucleus are from tipping over."""
     mixed = sum(w * part.double() for w, part in zip(weights, logits.chunk(len(weights)), strict=True) if w)
-    pairs = (mixed / temperature).unflatten(-1, (-1, 2))
-    p = pairs.softmax(-1)
-    drawn = pairs[..., 1] - noise[..., 1].double().log() - pairs[..., 0] + noise[..., 0].double().log()
-    return pairs[..., 1] - pairs[..., 0], drawn, p.amin(-1) - (1 - top_p)
+    mixed = mixed / temperature
+    drawn = mixed - noise[..., 1].double().log() + noise[..., 0].double().log()
+    return mixed, drawn, (-mixed.abs()).sigmoid() - (1 - top_p)
 
 
 @pytest.mark.parametrize(("weights", "tokens", "bits", "dtype"), SOME + (ALL if GPU else []))
@@ -129,7 +128,7 @@ def test_codes_lie_where_the_tokenizer_has_them(grid, patch, bits):
 
 def test_the_frequencies_are_the_probabilities():
     share = torch.tensor([0.05, 0.3, 0.8])
-    logits = torch.stack((torch.zeros(3), (share / (1 - share)).log()), dim=-1).flatten().expand(1, 5000, 6)
+    logits = share.logit().expand(1, 5000, 3)
     noise = exponential((1, 5000, 3, 2), [torch.Generator().manual_seed(1)], DEVICE)
     with use_kernels(True):
         drawn = sample_bits(logits.to(DEVICE), noise).float().mean((0, 1)).cpu()

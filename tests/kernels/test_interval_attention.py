@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from scaleweaver.adapters import add_control
 from scaleweaver.cache import KVCache
+from scaleweaver.kernels.attention import attend
 from scaleweaver.kernels.dispatch import use_kernels
 from scaleweaver.kernels.interval_attention import (
     KeySet,
@@ -21,10 +22,13 @@ from scaleweaver.kernels.interval_attention import (
     attend_ranges,
     interval_attention,
     interval_attention_reference,
+    splits,
 )
 from scaleweaver.kernels.key_ranges import KeyRanges
+from scaleweaver.masks import key_ranges
 from scaleweaver.methods.scaleweaver import ScaleWeaverConfig, encode
-from scaleweaver.reference import ReferenceInjector
+from scaleweaver.reference import ReferenceInjector, nearness
+from scaleweaver.schedule import infinity_schedule
 from scaleweaver.tokenizers.target import ResidualTarget
 
 pytest.importorskip("triton")
@@ -297,15 +301,19 @@ def test_dispatcher(form: str) -> None:
         assert not runs_ours(attend_ranges(q[..., :12], k[..., :12], v[..., :12], keys.ranges)[0])  # no such width
 
 
-def runs_ours(out: Tensor) -> bool:
-    nodes = [out.grad_fn]
+def launches(out: Tensor) -> int:
+    """Attention kernels that this came from."""
+    nodes, seen = [out.grad_fn], set()
     while nodes:
         node = nodes.pop()
-        if node is not None:
-            if "IntervalAttention" in node.name():
-                return True
+        if node is not None and node not in seen:
+            seen.add(node)
             nodes += [parent for parent, _ in node.next_functions]
-    return False
+    return sum("IntervalAttention" in node.name() for node in seen)
+
+
+def runs_ours(out: Tensor) -> bool:
+    return launches(out) > 0
 
 
 def test_errors() -> None:
@@ -325,28 +333,100 @@ def test_errors() -> None:
         interval_attention(q, replace(first, weight=weight.requires_grad_()))
 
 
-def test_training_through_the_kernel() -> None:
+@pytest.mark.parametrize("fusion", ["separate", "joint"])
+def test_training_through_the_kernel(fusion: str) -> None:
     """Backbone, condition prefill and reference attention give the same with it: logits, and gradients."""
+    torch.manual_seed(0)
     backbone: Any = tiny_backbone(depth=2)
-    config = ScaleWeaverConfig(kind="canny", fusion="joint", inject_blocks=(0, 1), lora_rank=4, locality=0.5)
+    config = ScaleWeaverConfig(
+        kind="canny", fusion=fusion, inject_blocks=(0, 1), lora_rank=4, locality=0.5, z_init="normal"
+    )
     adapter = add_control(backbone, config, "canny")
     target, schedule = ResidualTarget(BITS, PATCH), tiny_schedule()
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, BITS, *target.final_grid(schedule), generator=generator).to(DEVICE)
+    mask = torch.rand(1, 1, 9, 9, generator=generator).to(DEVICE)
     backbone, adapter = backbone.to(DEVICE), adapter.to(DEVICE)
     attention = backbone.blocks[0].attn
     leaves = [adapter.log_locality, attention.log_scale.requires_grad_(), attention.qkv.lora_B.canny.weight]
+    leaves += list(adapter.z["0"].parameters()) if fusion == "separate" else []
     results = []
     for on in (False, True):
         with use_kernels(on):
             bank = encode(backbone, adapter, "canny", latents, schedule, target)
             text = backbone.encode_text(tiny_text([5]))
             inputs, _, _ = target.labels(latents, schedule)
-            reads = ReferenceInjector(bank, adapter, (1.0,) * len(schedule))
+            reads = ReferenceInjector(bank, adapter, (1.0, 0.5, 1.0, 0.0), mask=mask)
             logits = backbone(inputs, schedule.steps, text, KVCache(), injectors=(reads,))
             loss = logits.square().mean()
             results.append([logits, *torch.autograd.grad(loss, leaves)])
-            assert runs_ours(bank.keys[1]) is runs_ours(logits) is on
+            # one for the condition's first block, and one for own and reference attention together in each block
+            assert launches(logits) == 3 * on and runs_ours(bank.keys[1]) is on
     for plain, ours in zip(*results, strict=True):
         assert plain.abs().max() > 0
-        assert_close(ours, plain, atol=1e-5 * plain.abs().max().item(), rtol=0)
+        assert_close(ours, plain, atol=3e-5 * plain.abs().max().item(), rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fusion, alone", [("separate", False), ("separate", True), ("joint", True)])
+def test_what_one_launch_reads(fusion: str, alone: bool) -> None:
+    """The first control shares the launch of the image's own keys, others and those that a row does not see do not."""
+    torch.manual_seed(0)
+    backbone: Any = tiny_backbone(depth=1)
+    target, schedule = ResidualTarget(BITS, PATCH), tiny_schedule()
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, BITS, *target.final_grid(schedule), generator=generator).to(DEVICE)
+    injectors = []
+    for name, settings in (("canny", {"z_position": "after_gate"}), ("depth", {"locality": 2.0})):
+        config = ScaleWeaverConfig(kind=name, fusion=fusion, inject_blocks=(0,), z_init="normal", **settings)
+        adapter = add_control(backbone, config, name).to(DEVICE)
+        bank = encode(backbone.to(DEVICE), adapter, name, latents, schedule, target)
+        sees = (True, name == "canny")
+        injectors.append(ReferenceInjector(bank, adapter, (1.0,) * 4, sees, images=2))
+    text = backbone.encode_text(tiny_text([5, 3, 4, 2]))
+    inputs = torch.randn(4, schedule.length - 1, backbone.config.bits, generator=generator).to(DEVICE)
+    steps = schedule.steps[:1] if alone else schedule.steps
+    given = (None if alone else inputs, steps, text)
+    q = torch.zeros(4, backbone.config.heads, steps[-1].stop, 16, device=DEVICE)
+    with use_kernels(True):
+        offers = [injector.keys(0, steps, q) is not None for injector in injectors]
+        assert offers == [not alone or fusion == "joint", False]  # the second has rows that do not see it
+    found = []
+    for on in (False, True):
+        with use_kernels(on):
+            found.append([backbone(*given, KVCache(), injectors=order) for order in (injectors, injectors[::-1])])
+    for plain, ours in zip(*found, strict=True):
+        assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+    assert (found[0][0] - backbone(*given, KVCache())).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("scope", ["block_causal", "same_scale"])
+@pytest.mark.parametrize("penalised", [False, True])
+def test_calls_run_by_run_are_a_mask(scope: Any, penalised: bool) -> None:
+    steps = infinity_schedule().steps[:6]
+    tokens, draw = sum(step.n for step in steps), torch.Generator().manual_seed(0)
+    ranges = key_ranges(steps, scope)
+    leaves = [torch.randn(2, 2, tokens, 8, generator=draw, requires_grad=True) for _ in range(3)]
+    penalty = torch.tensor(0.3, requires_grad=True)
+    near = nearness(steps, "same", penalty, torch.device("cpu")) if penalised else None
+    mask = ranges.dense(tokens, torch.device("cpu"))
+    if near is not None:
+        mask = (-penalty * near.squared_distances()).masked_fill(~mask, -torch.inf)
+    learning = [*leaves, penalty] if penalised else leaves
+    want, want_lse = attend(*leaves, mask=mask, return_lse=True)
+    grad = torch.randn(want.shape, generator=draw)
+    want_grads = torch.autograd.grad(want, learning, grad, retain_graph=True)
+    for return_lse in (False, True):
+        out, lse = attend_ranges(*leaves, ranges, nearness=near, return_lse=return_lse)
+        assert_close(out, want, atol=1e-5, rtol=1e-5)
+        if lse is not None:
+            assert_close(lse, want_lse, atol=1e-5, rtol=1e-5)
+        for found, expected in zip(torch.autograd.grad(out, learning, grad), want_grads, strict=True):
+            assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_few_hidden_keys_of_a_small_mask_are_hidden() -> None:
+    large, small = (key_ranges(infinity_schedule().steps[:count], "block_causal") for count in (6, 3))
+    assert splits(large, large.end) and not splits(small, small.end)
+    assert splits(KeyRanges(((4, 0, 4), (4, 4, 8))), 8)
+    assert not splits(KeyRanges(((4, 0, 4), (4, 8, 8))), 8)  # rows that see nothing need the mask

@@ -162,3 +162,18 @@ def test_a_backbone_on_kernels_learns_like_one_on_torch():
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         assert_close(gradients[1][name], gradient, atol=1e-5 * float(gradient.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_in_place_is_the_formula(dtype: torch.dtype) -> None:
+    leaves, rope, _ = case(21, 32, dtype)
+    given = leaves[0].detach().clone()
+    with use_kernels(False):
+        want = qkv_rope(*leaves, rope)
+        with torch.no_grad():
+            found = qkv_rope(*leaves, rope)
+            room = tuple(torch.empty(2, 2, 40, 32, dtype=dtype, device=DEVICE)[:, :, 9:30] for _ in range(2))
+            placed = qkv_rope(*leaves, rope, into=room)
+    for ours, other, expected in zip(found, placed, want, strict=True):
+        assert torch.equal(ours, expected) and torch.equal(other, expected) and ours.dtype == dtype
+    assert placed[1].data_ptr() == room[0].data_ptr() and torch.equal(leaves[0], given)

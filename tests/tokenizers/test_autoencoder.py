@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bsq_golden import Golden, our_key
 from torch import nn
 
-from scaleweaver.tokenizers.autoencoder import Decoder, Encoder, check_widths, group_norm
+from scaleweaver.tokenizers.autoencoder import Decoder, Encoder, Upsample, check_widths, group_norm
 from scaleweaver.tokenizers.bsq import PRESETS, BSQTokenizer
 
 PARAMETERS = {"d16": 109_970_579, "d24": 110_044_315, "d32": 110_118_051, "d64": 110_412_995, "d56_f8": 81_624_209}
@@ -74,3 +75,42 @@ def test_widths_must_match_the_stride() -> None:
         check_widths((8, 8, 8), 8)
     with pytest.raises(ValueError, match="give a stride"):
         check_widths((), 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_smoothing_needs_no_repeated_pixels(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    layer, x = Upsample(6).to(dtype), torch.randn(2, 6, 29, 37).to(dtype)
+    want = layer.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    found = layer(x)
+    assert not torch.equal(found, want)  # another order of the same sums
+    torch.testing.assert_close(found, want, atol=tolerance, rtol=0)
+    with torch.enable_grad():
+        assert torch.equal(layer(x), want)  # training keeps the plain form
+
+
+@torch.no_grad()
+def test_layout_in_memory_changes_rounding_only() -> None:
+    torch.manual_seed(0)
+    vae = BSQTokenizer(bits=4, stride=4, widths=(16, 16, 32), norm_groups=4).eval()
+    latent = torch.randn(1, 4, 34, 33)
+    kept = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    found = vae.decode(latent)
+    torch.testing.assert_close(found, vae.decoder(latent).clamp(-1, 1), atol=1e-5, rtol=0)
+    assert torch.equal(found, vae.decode(latent.contiguous(memory_format=torch.channels_last)))
+    assert all(weight.is_contiguous() and torch.equal(weight, kept[name]) for name, weight in vae.state_dict().items())
+
+
+def test_decoding_leaves_the_latent_alone_and_learns_as_before() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(4, (8, 16), blocks=1, groups=4)
+    latent = torch.randn(1, 4, 36, 32)
+    with torch.no_grad():
+        before = latent.clone()
+        drawn = decoder(latent)
+        assert torch.equal(latent, before)
+    learned = decoder(latent)
+    torch.testing.assert_close(learned, drawn, atol=1e-5, rtol=0)
+    learned.square().sum().backward()
+    assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in decoder.parameters())
