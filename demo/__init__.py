@@ -1,0 +1,1 @@
+"""The page: draw under control, compare settings, look at what every scale adds. `scaleweaver demo` opens it."""
