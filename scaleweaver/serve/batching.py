@@ -1,0 +1,117 @@
+"""A bounded queue of pictures and the one thread that draws them, compatible ones together."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from scaleweaver.serve.errors import closing, overloaded
+from scaleweaver.serve.metrics import Metrics
+from scaleweaver.serve.orders import Failed, Picture
+
+logger = logging.getLogger(__name__)
+
+
+class Batcher:
+    """Takes pictures from any thread and calls `draw` with batches from its own.
+
+    The picture that has waited longest is always in the next batch; those with the same settings join it in the order
+    they came.
+    """
+
+    def __init__(
+        self, draw: Callable[[Sequence[Picture]], None], metrics: Metrics, *, most: int, capacity: int, wait: float
+    ) -> None:
+        self._draw, self._metrics = draw, metrics
+        self._most, self._capacity, self._wait = most, capacity, wait
+        self._waiting: list[Picture] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._pace = 1.0  # seconds a picture, as the last batches had it
+        self._thread = threading.Thread(target=self._run, name="scaleweaver-draw", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Draw what was accepted, take nothing more, then end."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def check_room(self, pictures: int = 1) -> None:
+        """Raise the answer for a queue that has no room for so many more."""
+        if self.waiting + pictures > self._capacity:
+            raise overloaded(min(60, max(1, math.ceil(self.waiting * self._pace))))
+
+    def submit(self, pictures: Sequence[Picture]) -> None:
+        """All of an order's pictures, or none and an `ApiError`."""
+        with self._changed:
+            if self._closing:
+                raise closing()
+            self.check_room(len(pictures))
+            self._waiting += pictures
+            self._changed.notify_all()
+
+    def cancel(self, pictures: Sequence[Picture]) -> None:
+        """Nobody waits for these any more: those that are not begun leave the queue."""
+        with self._changed:
+            for picture in pictures:
+                if not picture.over and not picture.cancelled:
+                    picture.cancelled = True
+                    self._metrics.cancelled.inc()
+            self._waiting = [picture for picture in self._waiting if not picture.cancelled]
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while batch := self._next():
+            started = time.monotonic()
+            self._attempt(batch)
+            self._pace += 0.3 * ((time.monotonic() - started) / len(batch) - self._pace)
+
+    def _next(self) -> list[Picture]:
+        """The next batch, taken out of the queue; empty at the end."""
+        with self._changed:
+            while self._waiting or not self._closing:
+                if not self._waiting:
+                    self._changed.wait()
+                    continue
+                first = self._waiting[0]
+                batch = [picture for picture in self._waiting if picture.settings == first.settings][: self._most]
+                left = first.arrived + self._wait - time.monotonic()
+                if len(batch) == self._most or left <= 0 or self._closing:
+                    taken = set(map(id, batch))
+                    self._waiting = [picture for picture in self._waiting if id(picture) not in taken]
+                    return batch
+                self._changed.wait(left)
+        return []
+
+    def _attempt(self, batch: Sequence[Picture]) -> None:
+        """Draw; pictures of a batch that fails are drawn one by one, so that none fails for another's sake."""
+        try:
+            self._draw(batch)
+        except Exception as error:
+            # the thread outlives whatever a picture does to it: its order gets the error
+            left = [picture for picture in batch if not picture.over and not picture.cancelled]
+            if len(batch) == 1:
+                if not isinstance(error, ValueError):
+                    logger.exception("a picture could not be drawn")
+                for picture in left:
+                    picture.finish(Failed(picture.index, error))
+                return
+            logger.warning("a batch failed, drawing one by one", extra={"fields": {"error": str(error)}})
+            for picture in left:
+                self._attempt([picture])
