@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from scaleweaver.cards import CONTROL_FILE, Card, write_card
 from scaleweaver.lora import (
     PREFIX,
     add_lora,
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 FORMAT = 1
-CONFIG_FILE, WEIGHTS_FILE = "control_config.json", "control.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = CONTROL_FILE, "control.safetensors"
 LORA_CONFIG_FILE, LORA_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 Shapes = dict[str, tuple[int, ...]]
@@ -79,8 +80,10 @@ def trainable_parameters(backbone: Any, adapter: ControlAdapter, name: str) -> d
     return own | {f"lora.{key}": parameter for key, parameter in lora_parameters(backbone, name).items()}
 
 
-def save_control(folder: str | Path, backbone: Any, adapter: ControlAdapter, name: str) -> None:
-    """Write the control's four files and, if there is none yet, a README.md."""
+def save_control(
+    folder: str | Path, backbone: Any, adapter: ControlAdapter, name: str, *, base: str | None = None
+) -> None:
+    """Write the control's four files and, if there is none yet, a model card, which names the pipeline `base`."""
     lora = lora_parameters(backbone, name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,9 +92,8 @@ def save_control(folder: str | Path, backbone: Any, adapter: ControlAdapter, nam
     save_file({key: _plain(x) for key, x in adapter.state_dict().items()}, folder / WEIGHTS_FILE, {"format": "pt"})
     data = {"format": FORMAT, "method": "scaleweaver", "backbone": _fits(backbone), "config": adapter.config.to_dict()}
     (folder / CONFIG_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    card = folder / "README.md"
-    if not card.exists():
-        card.write_text(_model_card(adapter.config, _fits(backbone)), encoding="utf-8")
+    if not (folder / "README.md").exists():
+        write_card(folder, Card(), name=folder.name, base=base)
 
 
 def load_control(folder: str | Path, backbone: Any, name: str, *, trainable: bool = False) -> ControlAdapter:
@@ -254,27 +256,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}; expected an object with settings")
     return data
-
-
-def _model_card(config: ScaleWeaverConfig, backbone: dict[str, Any]) -> str:
-    maps = [config.detector or "detector not recorded"]
-    maps += [f"thresholds {', '.join(map(str, config.thresholds))}"] if config.thresholds else []
-    maps += [f"{config.resolution} pixels"] if config.resolution else []
-    return f"""---
-library_name: scaleweaver
-tags: [scaleweaver, controlnet, text-to-image, {json.dumps(config.kind)}]
----
-
-# Control: {config.kind}
-
-For {backbone["class"]} of depth {backbone["depth"]} and width {backbone["width"]}: injected into blocks
-{", ".join(map(str, config.blocks))}, with a LoRA of rank {config.lora_rank} on the condition stream.
-A reimplementation of the mechanism of ScaleWeaver (arXiv 2510.14882). It fits the weights that it was trained with and
-no others.
-
-```python
-pipe.load_control("this folder or repository", name={json.dumps(config.kind)})
-```
-
-Control maps to give: {"; ".join(maps)}.
-"""

@@ -24,11 +24,12 @@ from scaleweaver.adapters import (
     save_control,
 )
 from scaleweaver.backbones.infinity import InfinityTransformer
-from scaleweaver.hub import locate, locate_control, model_card, upload
+from scaleweaver.card_files import Document
+from scaleweaver.cards import Card, write_card
+from scaleweaver.hub import locate, locate_control, make_repo, upload
 from scaleweaver.lora import remove_lora
 from scaleweaver.methods.scaleweaver import ControlAdapter
 from scaleweaver.precision import read_dtype
-from scaleweaver.request import read_schedule
 from scaleweaver.styles import load_style, set_styles
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ class StoredPipeline(DiffusionPipeline):
         self.controls: dict[str, ControlAdapter] = {}
         self._loras: dict[str, str] = {}  # name -> where it came from
         self._lora_weights: dict[str, float] = {}  # of those that are on
-        self._card: str | None = None
+        self._quantized: str | None = None
+        self._card: Document | None = None
+        self._control_cards: dict[str, Document] = {}
 
     @classmethod
     def from_pretrained(
@@ -84,8 +87,8 @@ class StoredPipeline(DiffusionPipeline):
         pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         for config in sorted((folder / "controls").glob(f"*/{CONFIG_FILE}")):
             pipe.controls[config.parent.name] = load_control(config.parent, pipe.transformer, config.parent.name)
-        card = folder / "README.md"
-        pipe._card = card.read_text(encoding="utf-8") if card.is_file() else None
+            pipe._keep_card(config.parent.name, config.parent)
+        pipe._card = Document.read(folder)
         return pipe
 
     def save_pretrained(  # type: ignore[override]
@@ -94,14 +97,33 @@ class StoredPipeline(DiffusionPipeline):
         *,
         max_shard_size: int | str | None = None,
         variant: str | None = None,
+        card: Card | None = None,
     ) -> None:
         """Write model_index.json, a folder per component, controls/<name>/ and a model card; weights as safetensors.
 
-        LoRAs of the image are neither written nor merged into the weights, and a warning names them.
+        The card that the model came with goes along with its pictures; with `card` a new one is written. LoRAs of the
+        image are neither written nor merged into the weights, and a warning names them.
         """
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{os.fspath(save_directory)!r} is a file; pass a folder")
+        self._save(folder, folder.name, card, self._card, max_shard_size=max_shard_size, variant=variant)
+
+    def _save(
+        self,
+        folder: Path,
+        name: str,
+        card: Card | None,
+        document: Document | None,
+        *,
+        max_shard_size: int | str | None,
+        variant: str | None,
+    ) -> None:
+        """`save_pretrained` under a name that may not be the folder's; `document` is the card that goes along."""
+        if self._quantized is not None:
+            raise ValueError(
+                f"the transformer's weights were rounded to {self._quantized}; save a pipeline that was loaded afresh"
+            )
         with lora_detached(self.transformer):  # the controls' LoRA goes into their own folders
             super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
         if self._loras:
@@ -109,11 +131,14 @@ class StoredPipeline(DiffusionPipeline):
         stale = {file.parent.name for file in folder.glob(f"controls/*/{CONFIG_FILE}")} - set(self.controls)
         if stale:
             logger.warning("%s also holds controls that this pipeline has not: %s", folder, ", ".join(sorted(stale)))
-        for name, adapter in self.controls.items():
-            save_control(folder / "controls" / name, self.transformer, adapter, name)
-        card = folder / "README.md"
-        if not card.exists():
-            card.write_text(self._card or self._new_card(folder.name), encoding="utf-8")
+        for kind, adapter in self.controls.items():
+            if kind in self._control_cards:
+                self._control_cards[kind].write(folder / "controls" / kind)
+            save_control(folder / "controls" / kind, self.transformer, adapter, kind, base=name)
+        if document is not None and card is None:
+            document.write(folder)
+        if card is not None or not (folder / "README.md").exists():
+            write_card(folder, card or Card(), name=name)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -125,22 +150,55 @@ class StoredPipeline(DiffusionPipeline):
         create_pr: bool = False,
         max_shard_size: int | str | None = None,
         variant: str | None = None,
+        card: Card | None = None,
     ) -> str:
-        """Save to a Hub repository, made if it is not there; returns the address of the commit."""
-        with tempfile.TemporaryDirectory() as folder:
-            if self._card is None:
-                (Path(folder) / "README.md").write_text(self._new_card(repo_id), encoding="utf-8")
-            self.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
-            return upload(
-                folder, repo_id, private=private, token=token, commit_message=commit_message, create_pr=create_pr
-            )
+        """Save to a Hub repository, made if it is not there; returns the address of the commit.
 
-    def _new_card(self, name: str) -> str:
-        plan = read_schedule(None, self.config["schedule"], None, None)
-        parameters = sum(p.numel() for p in self.transformer.parameters())
-        return model_card(
-            name, height=plan.height, width=plan.width, parameters=parameters, controls=tuple(self.controls)
-        )
+        The card that the model came with goes along; with `card`, or where there was none, one is written.
+        """
+        repo_id = make_repo(repo_id, private=private, token=token)
+        with tempfile.TemporaryDirectory() as temporary:
+            document = None if self._card is None else self._card.renamed(repo_id)
+            self._save(Path(temporary), repo_id, card, document, max_shard_size=max_shard_size, variant=variant)
+            return upload(temporary, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+
+    def push_control(
+        self,
+        name: str,
+        repo_id: str,
+        *,
+        card: Card | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload control",
+        create_pr: bool = False,
+    ) -> str:
+        """Save one control to a Hub repository of its own, for `load_control`; returns the address of the commit.
+
+        Cards as in `push_to_hub`.
+        """
+        self._require_control(name)
+        repo_id = make_repo(repo_id, private=private, token=token)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder, base = Path(temporary), self.name_or_path or None
+            if name in self._control_cards and card is None:
+                self._control_cards[name].of_control(repo_id, name, base).write(folder)
+            save_control(folder, self.transformer, self.controls[name], name, base=base)
+            if card is not None or name not in self._control_cards:
+                write_card(folder, card or Card(), name=repo_id, base=base)
+            return upload(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+
+    def _keep_card(self, name: str, folder: Path) -> None:
+        """Remember what a control's folder says of it."""
+        document = Document.read(folder)
+        if document is None:
+            self._control_cards.pop(name, None)
+        else:
+            self._control_cards[name] = document
+
+    def _require_control(self, name: str) -> None:
+        if name not in self.controls:
+            raise ValueError(f'control "{name}" is not loaded; there is {", ".join(self.controls) or "none"}')
 
     @property
     def available_controls(self) -> tuple[str, ...]:
@@ -174,14 +232,15 @@ class StoredPipeline(DiffusionPipeline):
             self.controls[name] = load_control(folder, self.transformer, name)
         else:
             self.controls[name] = replace_control(folder, self.transformer, held, name)
+        self._keep_card(name, folder)
         return name
 
     def unload_control(self, name: str) -> None:
         """Remove a control and its LoRA from the backbone."""
-        if name not in self.controls:
-            raise ValueError(f'control "{name}" is not loaded; there is {", ".join(self.controls) or "none"}')
+        self._require_control(name)
         remove_control(self.transformer, name)
         del self.controls[name]
+        self._control_cards.pop(name, None)
 
     @property
     def available_loras(self) -> tuple[str, ...]:

@@ -16,9 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from scaleweaver.commands import one_line_errors
+from scaleweaver.commands.bench import bench
+from scaleweaver.commands.demo import demo
 from scaleweaver.commands.evaluate import evaluate
 from scaleweaver.commands.loading import load_pipeline
 from scaleweaver.commands.preprocess import preprocess
+from scaleweaver.commands.push import push
+from scaleweaver.commands.serve import serve
 from scaleweaver.commands.train import train
 
 if TYPE_CHECKING:
@@ -98,6 +102,10 @@ def generate(
     previews: Annotated[bool, typer.Option("--previews", help="Also write the picture after every scale.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Number format of the networks.")] = "auto",
+    quantize: Annotated[
+        Literal["int8"] | None, typer.Option(help="Round the transformer's weights: half the memory.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")] = None,
 ) -> None:
     """Draw pictures from prompts, with or without control images."""
     from scaleweaver.commands.control_options import read_controls
@@ -106,7 +114,7 @@ def generate(
         control or [], control_scale or [], control_start or [], control_end or [], control_scales or []
     )
     started = time.perf_counter()
-    pipe = load_pipeline(model, device, dtype)
+    pipe = load_pipeline(model, device, dtype, quantize=quantize, threads=threads)
     loaded = time.perf_counter()
 
     strips: list[list[Image.Image]] = []
@@ -182,6 +190,8 @@ def _strip(images: Sequence[Image.Image]) -> Image.Image:
 
 
 app.command()(preprocess)
+app.command()(demo)
+app.command()(serve)
 
 
 @app.command()
@@ -240,6 +250,8 @@ def render(
 
 
 app.command()(train)
+app.command()(bench)
+app.command()(push)
 
 
 @convert.command("infinity")

@@ -16,8 +16,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-# weights as safetensors only: a repository's pickles stay where they are
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md")
+# weights as safetensors only: a repository's pickles stay where they are; pictures belong to the model card
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.png", "*.jpg", "*.jpeg", "*.webp")
 
 
 def download(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from scaleweaver.adapters import CONFIG_FILE, control_kind
+from scaleweaver.cards import CONTROL_FILE, MODEL_FILE, Card, write_card
 from scaleweaver.download import download
 
 BUILT_IN = ("toybox",)
+_OF_A_CARD = ("README.md", "images")
 
 
 def built_in_folder(name: str) -> Path:
@@ -70,64 +74,94 @@ def locate_control(
     local_files_only: bool = False,
 ) -> tuple[Path, str]:
     """Folder and name of a control: of `source` itself, or of one below its controls/ (`name`, or the only one)."""
+    from scaleweaver.adapters import control_kind  # torch and peft, which finding a folder does without
+
     root = locate(
         source, marker="", revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    if (root / CONFIG_FILE).is_file():
+    if (root / CONTROL_FILE).is_file():
         return root, control_kind(root)
-    below = {file.parent.name: file.parent for file in sorted((root / "controls").glob(f"*/{CONFIG_FILE}"))}
+    below = {file.parent.name: file.parent for file in sorted((root / "controls").glob(f"*/{CONTROL_FILE}"))}
     if name in below or (name is None and len(below) == 1):
         chosen = name or next(iter(below))
         return below[chosen], chosen
     if not below:
-        raise ValueError(f"{os.fspath(source)!r} holds no {CONFIG_FILE}; pass the folder or repository of a control")
+        raise ValueError(f"{os.fspath(source)!r} holds no {CONTROL_FILE}; pass the folder or repository of a control")
     raise ValueError(f"{os.fspath(source)!r} holds the controls {', '.join(below)}; pass one of them as name=")
+
+
+def make_repo(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+    """The full id of a Hub repository, made if it is not there."""
+    return str(HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id)
 
 
 def upload(
     folder: str | os.PathLike[str],
     repo_id: str,
     *,
-    private: bool | None = None,
     token: str | bool | None = None,
     commit_message: str = "Upload scaleweaver model",
     create_pr: bool = False,
 ) -> str:
-    """Put a folder into a Hub repository, made if it is not there; returns the address of the commit."""
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = api.upload_folder(
+    """Put a folder into a Hub repository that is there; returns the address of the commit."""
+    commit = HfApi(token=token).upload_folder(
         repo_id=repo_id, folder_path=Path(folder), commit_message=commit_message, create_pr=create_pr
     )
     return str(commit.pr_url or commit.commit_url)
 
 
-def model_card(name: str, *, height: int, width: int, parameters: int, controls: Sequence[str]) -> str:
-    """README.md of a saved pipeline, with the front matter by which the Hub finds it."""
-    tags = ["text-to-image", "visual-autoregressive", "scaleweaver", *controls]
-    call = f'    control={{"{controls[0]}": control_image}},\n' if controls else ""
-    lines = [
-        "---",
-        "library_name: scaleweaver",
-        "pipeline_tag: text-to-image",
-        "tags:",
-        *(f"- {tag}" for tag in tags),
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"A visual autoregressive (next-scale) text-to-image model of {parameters / 1e6:.1f}M parameters;"
-        f" default size {width}x{height}; controls: {', '.join(controls) or 'none'}.",
-        "",
-        "```python",
-        "from scaleweaver import VARControlPipeline",
-        "",
-        f'pipe = VARControlPipeline.from_pretrained("{name}")',
-        f'out = pipe(\n    "your prompt",\n{call}    seed=7,\n)',
-        'out.images[0].save("out.png")  # prompt, seed and settings are inside the file',
-        "```",
-        "",
-        "Weights are safetensors. Fill in what the model was trained on, what it cannot do, and its licence.",
-        "",
-    ]
-    return "\n".join(lines)
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    card: Card | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload scaleweaver model",
+    create_pr: bool = False,
+) -> str:
+    """Put a saved pipeline or control into a Hub repository, made if it is not there; the folder stays as it is.
+
+    With `card`, or where there is none, one is written for the repository; the training run is found by itself if the
+    folder lies in its `result`. Returns the address of the commit.
+    """
+    folder = Path(folder).absolute()
+    if not any((folder / marker).is_file() for marker in (MODEL_FILE, CONTROL_FILE)):
+        raise ValueError(f"{os.fspath(folder)!r} holds neither {MODEL_FILE} nor {CONTROL_FILE}; pass a saved model")
+    repo_id = make_repo(repo_id, private=private, token=token)
+    if card is None and (folder / "README.md").exists():
+        return upload(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+    card = card or Card()
+    run = _run_of(folder) if card.run is None else card.run
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary) / "model"
+        # the old card stays behind; below controls/ others have theirs
+        shutil.copytree(
+            folder, place, copy_function=_link, ignore=lambda here, _: _OF_A_CARD if here == os.fspath(folder) else ()
+        )
+        write_card(place, replace(card, run=run), name=repo_id, base=_trained_on(run))
+        return upload(place, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+
+
+def _link(source: str, target: str) -> str:
+    """In place of a copy: weights may be large."""
+    try:
+        os.symlink(source, target)
+    except OSError:  # where links need a privilege
+        shutil.copy2(source, target)
+    return target
+
+
+def _run_of(folder: Path) -> Path | None:
+    """The training run in whose `result` a folder lies."""
+    results = [place for place in (folder, folder.parent) if place.name == "result"]
+    found = [place.parent for place in results if (place.parent / "config.json").is_file()]
+    return found[0] if found else None
+
+
+def _trained_on(run: str | os.PathLike[str] | None) -> str | None:
+    """The model that a run began with, where its settings say so."""
+    if run is None or not (Path(run) / "config.json").is_file():
+        return None
+    options = json.loads((Path(run) / "config.json").read_text(encoding="utf-8")).get("options", {})
+    return str(options["model"]) if "model" in options else None

@@ -115,6 +115,7 @@ def python_of(settings: dict[str, Any]) -> str:
         f"pipe = VARControlPipeline.from_pretrained({settings.get('model', 'toybox')!r}{dtype})",
     ]
     loras = {lora["name"]: lora for lora in settings.get("loras", [])}
+    lines += [f"pipe.quantize({settings['quantize']!r})"] if "quantize" in settings else []
     lines += [f"pipe.load_lora_weights({lora['source']!r}, {name!r})" for name, lora in loras.items()]
     weights = [lora["weight"] for lora in loras.values()]
     lines += [f"pipe.set_adapters({list(loras)!r}, {weights!r})"] if loras else []
@@ -127,7 +128,7 @@ def python_of(settings: dict[str, Any]) -> str:
     else:
         lines += ["# drawn from prompt_embeds, which no picture keeps: put them here", "out = pipe("]
     for name, value in settings.items():
-        if name not in ("model", "dtype", "prompt", "control", "forced", "loras", *parts):
+        if name not in ("model", "dtype", "quantize", "prompt", "control", "forced", "loras", *parts):
             lines.append(f"    {name}={value!r},")
     if controls:
         lines.append("    # no picture keeps its control images: put the maps that it was drawn under into these files")

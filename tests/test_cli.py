@@ -257,7 +257,17 @@ def test_generate_checks_controls_before_it_loads_anything(options: list[str], m
     assert message in refused(call("generate", "a red cube", *options))
 
 
-@pytest.mark.parametrize("options", [["--num-images", "0"], ["--top-p", "1.5"], ["--dtype", "int8"], ["--seed", "x"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--num-images", "0"],
+        ["--top-p", "1.5"],
+        ["--dtype", "int8"],
+        ["--threads", "0"],
+        ["--quantize", "int4"],
+        ["--seed", "x"],
+    ],
+)
 def test_generate_refuses_values_out_of_range(options: list[str]) -> None:
     result = call("generate", "a red cube", *options)
     assert result.exit_code == 2
@@ -298,7 +308,9 @@ def test_convert_refuses_in_one_line(tmp_path: Path) -> None:
 def test_doctor_reports_every_part() -> None:
     result = call("doctor", "--json")
     findings = {finding["name"]: finding for finding in json.loads(result.output)}
-    assert {"python", "torch", "device", "dtype", "kernels", "diffusers", "demo", "toybox"} <= set(findings)
+    assert {"python", "torch", "threads", "int8", "device", "dtype", "kernels", "diffusers", "demo", "toybox"} <= set(
+        findings
+    )
     assert findings["python"]["status"] == findings["torch"]["status"] == "ok"
     assert "attention: torch" in findings["kernels"]["found"]
     assert (

@@ -13,12 +13,14 @@ import huggingface_hub.constants as hub_constants
 import pytest
 import torch
 from hub_server import Hub, running_hub
+from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_backbone
 from tiny_pipeline import tiny_pipeline
 
 from scaleweaver.adapters import save_control
-from scaleweaver.hub import locate, locate_control, upload
+from scaleweaver.cards import Card
+from scaleweaver.hub import built_in_folder, locate, locate_control, make_repo, push_folder, upload
 from scaleweaver.pipeline import VARControlPipeline
 
 
@@ -78,7 +80,7 @@ def test_revisions(hub: Hub) -> None:
 def test_controls_come_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     pipe = tiny_pipeline("canny")
     save_control(tmp_path / "canny", pipe.transformer, pipe.controls["canny"], "canny")
-    upload(tmp_path / "canny", "me/canny-control", private=True)
+    push_folder(tmp_path / "canny", "me/canny-control", private=True)
     assert "me/canny-control" in hub.private
     other = tiny_pipeline()
     assert other.load_control("me/canny-control") == "canny"
@@ -89,7 +91,7 @@ def test_loras_come_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=r".*attn\.qkv", init_lora_weights=False)
     model: Any = get_peft_model(tiny_backbone(), config)  # type: ignore[arg-type]
     model.save_pretrained(tmp_path / "style")
-    upload(tmp_path / "style", "me/style")
+    upload(tmp_path / "style", make_repo("style"))
     pipe, local = tiny_pipeline(), tiny_pipeline()
     plain = pipe("a red cube", seed=3)
     assert pipe.load_lora_weights("me/style") == local.load_lora_weights(tmp_path / "style") == "default_0"
@@ -97,6 +99,77 @@ def test_loras_come_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     assert torch.equal(styled.latent, local("a red cube", seed=3).latent)
     assert not torch.equal(styled.latent, plain.latent)
     assert styled.settings[0]["loras"][0]["source"] == "me/style"
+
+
+def test_a_control_in_a_repository_of_its_own(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pipe = tiny_pipeline("canny")
+    pipe.push_to_hub("me/tiny")
+    pipe = VARControlPipeline.from_pretrained("me/tiny")
+    drawn = pipe("a red cube on grass", seed=1, control={"canny": torch.eye(32)}).images
+    url = pipe.push_control("canny", "tiny-canny", card=Card(license="mit", pictures=drawn))
+    commit = hub.repos["me/tiny-canny"][-1]
+    assert url.endswith(commit.sha) and url.startswith(hub.endpoint)
+    assert set(HfApi().list_repo_files("me/tiny-canny")) == set(commit.files)
+    assert {"control.safetensors", "adapter_model.safetensors", "images/000.png"} < set(commit.files)
+    card = ModelCard.load("me/tiny-canny")
+    assert (card.data.base_model, card.data.base_model_relation, card.data.license) == ("me/tiny", "adapter", "mit")
+    assert card.data.widget == [{"text": "a red cube on grass", "output": {"url": "images/000.png"}}]
+    # the snippet runs as it stands
+    drawn[0].convert("RGB").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(card.text.split("```python\n")[1].split("```")[0], names)
+    assert names["pipe"].name_or_path == "me/tiny" and (tmp_path / "out.png").is_file()
+
+    first, picture = commit.sha, latent(pipe)
+    with torch.no_grad():
+        for parameter in pipe.controls["canny"].parameters():
+            parameter.mul_(-1)
+    pipe.push_control("canny", "me/tiny-canny")
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+    other = tiny_pipeline()
+    other.load_control("me/tiny-canny", revision=first)
+    assert torch.equal(latent(other), picture)
+    other.load_control("me/tiny-canny", replace=True)
+    assert torch.equal(latent(other), latent(pipe)) and not torch.equal(latent(pipe), picture)
+
+    # what was loaded once needs no connection, and what it says of itself goes along to a third place
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    offline = tiny_pipeline()
+    offline.load_control("me/tiny-canny", revision=first)
+    assert torch.equal(latent(offline), picture) and not hub.requests
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+    offline.push_control("canny", "you/again")
+    again = hub.repos["you/again"][-1].files
+    assert again["images/000.png"] == commit.files["images/000.png"]
+    assert b'pipe.load_control("you/again", name="canny", replace=True)' in again["README.md"]
+    assert b"license: mit" in again["README.md"]
+
+
+def test_cards_travel_with_their_pictures(hub: Hub, tmp_path: Path) -> None:
+    """From the built-in model to the Hub, from there to a folder: text, sheets and samples are still whole."""
+    pipe = VARControlPipeline.from_pretrained("toybox", dtype="bfloat16")
+    for name in ("depth", "palette", "pose"):
+        pipe.unload_control(name)
+    pipe.push_to_hub("me/toys")
+    card = ModelCard.load("me/toys")
+    assert card.data.license == "apache-2.0" and "# me/toys\n" in card.text
+    assert 'from_pretrained("me/toys")' in card.text and 'from_pretrained("toybox")' not in card.text
+    loaded = VARControlPipeline.from_pretrained("me/toys", dtype="bfloat16")
+    loaded.save_pretrained(tmp_path / "copy")
+    shipped = built_in_folder("toybox")
+    for name in ("images/prompts.jpg", "images/prompts.txt", "images/strengths.jpg", "controls/canny/sheet.jpg"):
+        assert (tmp_path / "copy" / name).read_bytes() == (shipped / name).read_bytes()
+    assert (tmp_path / "copy/README.md").read_text() == hub.repos["me/toys"][-1].files["README.md"].decode()
+    assert (tmp_path / "copy/controls/canny/README.md").read_text() == (
+        shipped / "controls/canny/README.md"
+    ).read_text()
+    loaded.push_control("canny", "me/toys-canny")
+    alone = ModelCard.load("me/toys-canny")
+    assert alone.data.base_model == "me/toys" and "sheet.jpg" in hub.repos["me/toys-canny"][-1].files
+    assert 'from_pretrained("me/toys")\npipe.load_control("me/toys-canny", name="canny", replace=True)\n' in alone.text
+    assert "| strength 1.0 | 500 |" in alone.text
 
 
 def test_only_safe_files_are_downloaded(hub: Hub) -> None:
@@ -120,6 +193,11 @@ def test_errors(hub: Hub) -> None:
             locate(**arguments)
     with pytest.raises(ValueError, match=r"holds no control_config\.json"):
         tiny_pipeline().load_control("me/empty")
+    with pytest.raises(ValueError, match='control "depth" is not loaded; there is canny'):
+        tiny_pipeline("canny").push_control("depth", "me/depth")
+    with pytest.raises(ValueError, match=r"holds neither model_index\.json nor control_config\.json"):
+        push_folder(Path(__file__).parent, "me/tests")
+    assert set(hub.repos) == {"me/empty"}  # nothing was made for what could not be sent
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the working tree, so that builds leave nothing in it."""
     target = tmp_path_factory.mktemp("checkout") / "scaleweaver"
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("scaleweaver", "controls", "kernels", "tests", "examples", "recipes", "benchmarks"):
+    for name in ("scaleweaver", "controls", "demo", "kernels", "tests", "examples", "recipes", "benchmarks"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, target / name, ignore=ignore)
     for file in ROOT.iterdir():
@@ -69,7 +69,7 @@ def test_wheel_holds_every_module_below_scaleweaver(archives: tuple[Path, Path],
     expected = {
         f"scaleweaver/{file.relative_to(checkout / 'scaleweaver')}" for file in (checkout / "scaleweaver").rglob("*.py")
     }
-    for folder in ("controls", "kernels"):
+    for folder in ("controls", "demo", "kernels"):
         expected |= {f"scaleweaver/{file.relative_to(checkout)}" for file in (checkout / folder).rglob("*.py")}
     assert expected <= set(names)
     assert "scaleweaver/py.typed" in names
@@ -79,13 +79,15 @@ def test_wheel_holds_the_assets(archives: tuple[Path, Path], checkout: Path) -> 
     names = set(zipfile.ZipFile(archives[1]).namelist())
     files = [file for file in (checkout / "scaleweaver" / "assets").rglob("*") if file.is_file()]
     assert {str(file.relative_to(checkout)) for file in files} <= names
+    pages = [file for file in (checkout / "demo").rglob("*") if file.is_file()]
+    assert {f"scaleweaver/{file.relative_to(checkout)}" for file in pages} <= names
 
 
 def test_sdist_holds_what_a_rebuild_and_a_test_run_need(archives: tuple[Path, Path], checkout: Path) -> None:
     with tarfile.open(archives[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"pyproject.toml", "Makefile", "constraints.txt", "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"}
-    for folder in ("scaleweaver", "controls", "kernels", "tests", "examples", "recipes"):
+    for folder in ("scaleweaver", "controls", "demo", "kernels", "tests", "examples", "recipes"):
         wanted |= {
             str(f.relative_to(checkout)) for f in (checkout / folder).rglob("*") if f.suffix in (".py", ".yaml", ".png")
         }
@@ -100,6 +102,8 @@ def test_installed_wheel_works_outside_the_checkout(archives: tuple[Path, Path],
         "import importlib.util, sys, scaleweaver, scaleweaver.controls.canny, scaleweaver.kernels.attention\n"
         "from scaleweaver.controls import canny\n"
         "assert callable(canny)\n"
+        "from scaleweaver.kernels.measured import load\n"
+        "load()\n"
         "assert 'kernels' not in sys.modules and 'controls' not in sys.modules\n"
         "print(scaleweaver.__file__, len(scaleweaver.__path__))\n"
         "print(scaleweaver.controls.__file__, scaleweaver.kernels.__file__, sep='\\n')\n"
@@ -185,10 +189,11 @@ def test_canny_stays_a_function_whatever_is_imported_first(tmp_path: Path) -> No
 
 def test_every_package_is_listed() -> None:
     folders = {file.parent for file in (ROOT / "scaleweaver").rglob("*.py")}
-    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {
-        "scaleweaver.controls",
-        "scaleweaver.kernels",
-    }
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    for beside in ("controls", "demo", "kernels"):
+        inside = {file.parent for file in (ROOT / beside).rglob("*.py")}
+        names |= {".".join(("scaleweaver", *folder.relative_to(ROOT).parts)) for folder in inside}
+        folders |= inside
     assert names == set(PROJECT["tool"]["setuptools"]["packages"])
     assert all((folder / "__init__.py").is_file() for folder in folders)
 
