@@ -45,7 +45,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.developer: pyproject.toml constraints.txt $(VENV)/.torch
-	$(PIP) -e ".[dev,train,eval,hed,demo,serve,notebooks]"
+	$(PIP) -e ".[dev,train,eval,hed,int8,demo,serve,notebooks]"
 	@touch $@ $(VENV)/.installed
 
 generate: $(VENV)/.installed

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ASK = "SCALEWEAVER_KERNELS"
+
 _choice: ContextVar[bool | None] = ContextVar("use_kernels", default=None)
 
 
@@ -68,11 +70,17 @@ def runs_kernel(x: Tensor) -> bool:
     if choice is not None:
         return choice
     served = x.is_cuda and x.dtype != torch.float64
-    return served and os.environ.get("SCALEWEAVER_KERNELS") == "1" and _gpu_is_served(x.device)
+    return served and asked_for() and gpu_is_served(x.device)
+
+
+def asked_for() -> bool:
+    """Whether the environment asks for the kernels."""
+    return os.environ.get(ASK) == "1"
 
 
 @cache
-def _gpu_is_served(device: torch.device) -> bool:
+def gpu_is_served(device: torch.device) -> bool:
+    """Whether the kernels are made for this GPU, and Triton is there."""
     if torch.version.hip is not None or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

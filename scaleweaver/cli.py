@@ -5,8 +5,12 @@ Commands import what they need when they run, so that `scaleweaver --help` does 
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import re
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +23,7 @@ from scaleweaver.commands import one_line_errors
 from scaleweaver.commands.bench import bench
 from scaleweaver.commands.demo import demo
 from scaleweaver.commands.evaluate import evaluate
-from scaleweaver.commands.loading import load_pipeline
+from scaleweaver.commands.loading import load_pipeline, no_collection
 from scaleweaver.commands.preprocess import preprocess
 from scaleweaver.commands.push import push
 from scaleweaver.commands.serve import serve
@@ -108,7 +112,8 @@ def generate(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")] = None,
 ) -> None:
     """Draw pictures from prompts, with or without control images."""
-    from scaleweaver.commands.control_options import read_controls
+    with no_collection():
+        from scaleweaver.commands.control_options import read_controls
 
     controls = read_controls(
         control or [], control_scale or [], control_start or [], control_end or [], control_scales or []
@@ -299,4 +304,25 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if _is_over(end.code):
+            os._exit(end.code or 0)
+        raise
+
+
+def _is_over(code: Any) -> bool:
+    """Whether the program may stop here and now: Python takes a million objects apart before it stops by itself, which
+    lasts longer than to draw some pictures. What was to be done at exit is done then, and all output is written.
+    """
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if not (code is None or isinstance(code, int)) or not all(thread.daemon for thread in others):
+        return False
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # whoever reads the output is gone, about which Python has its own words
+        return False
+    return True

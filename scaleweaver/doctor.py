@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from scaleweaver.threads import find_processors
 
 Status = Literal["ok", "note", "problem"]
-EXTRAS = ("train", "train8bit", "eval", "hed", "int8", "demo", "serve", "dev")
+EXTRAS = ("train", "train8bit", "eval", "hed", "int8", "demo", "serve", "docs", "notebooks", "dev")
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,26 @@ def _threads() -> Finding:
 
 
 def _kernels() -> list[Finding]:
-    return [
-        Finding(
-            "system", "kernels", "attention: torch; Triton kernels on NVIDIA GPUs from 8.0 with SCALEWEAVER_KERNELS=1"
-        )
-    ]
+    """Which side of each kernel runs here, and why."""
+    try:
+        import torch
+
+        from scaleweaver.kernels.dispatch import ASK, asked_for, gpu_is_served
+    except ImportError:  # said above
+        return []
+    if not torch.cuda.is_available():
+        return [Finding("system", "kernels", "the torch formulas: no NVIDIA GPU is found")]
+    try:
+        triton = f"Triton {version('triton')}"
+    except PackageNotFoundError:
+        return [Finding("system", "kernels", "the torch formulas: no Triton", "note", "pip install triton")]
+    if not gpu_is_served(torch.device("cuda")):
+        return [Finding("system", "kernels", "the torch formulas: the GPU is older than compute capability 8.0")]
+    if not asked_for():
+        return [
+            Finding("system", "kernels", f"the torch formulas; {triton} is ready", "note", f"set {ASK}=1 to use it")
+        ]
+    return [Finding("system", "kernels", f"{triton}, as {ASK}=1 asks")]
 
 
 def _check(topic: str, requirement: Requirement, fix: str, lacking: Status) -> Finding:

@@ -56,7 +56,8 @@ class CudaRecorder:
             run()  # libraries set themselves up for this stream
         here.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # what other threads allocate meanwhile is none of the recording
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             run()
         return graph.replay
 
@@ -162,8 +163,8 @@ class GraphedBackbone:
             return "autocast is on: load the networks in the dtype to compute in"
         if self.backbone.training:
             return "the backbone is in training mode, where it may drop blocks at random; call eval()"
-        if hasattr(self.backbone, "_hf_hook"):
-            return "offloading moves the backbone between devices"
+        if any(hasattr(part, hook) for part in self.backbone.modules() for hook in ("_hf_hook", "_diffusers_hook")):
+            return "offloading moves the backbone, or parts of it, between devices"
         if len(steps) > 1:
             return "several scales at once"
         if type(cache.policy) is not FullCache:
@@ -188,25 +189,22 @@ class GraphedBackbone:
         if key in self._failed:
             return self._failed[key]
         graph = self._graphs.get(key)
-        # buffers are ordinary tensors: they serve with inference mode and without it
-        with torch.inference_mode(False), torch.no_grad():
-            if graph is None:
-                before = self._memory.replaced
-                buffers = Buffers.take(self._memory, call, self.text_multiple, self.backbone.config["bits"])
-                if self._memory.replaced != before:  # older graphs know a buffer that is gone
-                    self._forget()
-            else:
-                buffers = graph.buffers
-        buffers.fill(call, self._sources)
         if graph is None:
-            while len(self._graphs) >= self.most:
-                self._free(self._graphs.popitem(last=False)[1])
             try:
-                graph = self._record(call, buffers)
-            except RuntimeError as error:  # out of memory, or an operation that no graph can hold
+                graph = self._fresh(call)
+            except torch.OutOfMemoryError as error:  # without graphs and buffers there may be room for a plain run
+                failed = dict(self._failed)
+                self._forget()
+                self._memory, self._failed = Memory(), failed
+                self._failed[key] = f"too little memory to record scale {call.step.index}: {error}".split("\n")[0]
+                return self._failed[key]
+            except RuntimeError as error:  # an operation that no graph can hold
                 self._failed[key] = f"recording scale {call.step.index} failed: {error}".split("\n")[0]
                 return self._failed[key]
             self._graphs[key] = graph
+        else:
+            graph.buffers.fill(call, self._sources)
+        buffers = graph.buffers
         self._graphs.move_to_end(key)
         graph.replay()
         if buffers.kept(call.step):
@@ -214,6 +212,20 @@ class GraphedBackbone:
                 call.cache.resume(layer, k, v, call.step.stop)
         self._owner = weakref.ref(call.cache)
         return buffers.logits.clone()
+
+    def _fresh(self, call: Call) -> Graph:
+        """Buffers filled for this call, and a recording that reads them."""
+        # ordinary tensors, those of torch's random states in a recording among them, serve with inference mode and
+        # without it
+        with torch.inference_mode(False), torch.no_grad():
+            before = self._memory.replaced
+            buffers = Buffers.take(self._memory, call, self.text_multiple, self.backbone.config["bits"])
+            if self._memory.replaced != before:  # older graphs know a buffer that is gone
+                self._forget()
+            buffers.fill(call, self._sources)
+            while len(self._graphs) >= self.most:
+                self._free(self._graphs.popitem(last=False)[1])
+            return self._record(call, buffers)
 
     def _record(self, call: Call, buffers: Buffers) -> Graph:
         step, layers = call.step, call.layers
@@ -237,7 +249,9 @@ class GraphedBackbone:
             recorder = self._recorder or self._own_recorder
             if recorder is None:
                 recorder = self._own_recorder = CudaRecorder()
-            graph = Graph(recorder(run), buffers, read.tensors())
+            # kernels get addresses, of which no operation of torch knows
+            tables = [*self.backbone.rope((step,)), *(x for one in buffers.injectors for x in one.tables((step,)))]
+            graph = Graph(recorder(run), buffers, [*read.tensors(), *tables])
         self.counts["recordings"] += 1
         return graph
 

@@ -46,7 +46,8 @@ def fuses_linear(x: Tensor) -> bool:
 @cache
 def _fused_format(dtype: torch.dtype) -> bool:
     vector = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    if not (vector and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    known = all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_is_mkldnn_bf16_supported"))
+    if not (vector and torch.backends.mkldnn.is_available() and known):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 

@@ -313,6 +313,11 @@ class ReferenceInjector:
         before = self.reader.z_position == "before_gate"
         return Injection(attended, branch if before else None, None if before else branch)
 
+    def tables(self, steps: Steps) -> tuple[Tensor, ...]:
+        """Remembered tensors that are read besides the bank: who wrote down where they lie must hold them."""
+        penalised = any(self.reader.penalty(layer) is not None for layer in self.bank.values)
+        return _places(tuple(steps), self.reader.scope, self.bank.device) if penalised else ()
+
     def _acts(self, layer: int, steps: Steps, q: Tensor) -> bool:
         """Whether anything is read; raises where the call is another than the control was prepared for."""
         if layer not in self.bank.values or not any(self.strengths[step.index] for step in steps):

@@ -63,6 +63,7 @@ def photo(tmp_path: Path) -> Path:
         ["train"],
         ["convert"],
         ["convert", "infinity"],
+        ["serve"],
         ["doctor"],
     ],
 )
@@ -122,7 +123,7 @@ def test_python_of_settings_says_what_it_cannot_write() -> None:
     assert isinstance(call_node, ast.Call) and not call_node.args
     assert {word.arg: ast.literal_eval(word.value) for word in call_node.keywords} == {"seed": 7, "guidance_layer": -5}
     comments = [line for line in code.splitlines() if line.startswith("# drawn")]
-    assert [f"# drawn with {name}={parts[name]}" for name in ("cache", "router", "sampler", "search")] == comments[:4]
+    assert [f"# drawn with {name}={parts[name]!r}" for name in ("cache", "router", "sampler", "search")] == comments[:4]
     assert "2 scales of given codes" in comments[4] and "prompt_embeds" in comments[5]
 
 
@@ -312,7 +313,7 @@ def test_doctor_reports_every_part() -> None:
         findings
     )
     assert findings["python"]["status"] == findings["torch"]["status"] == "ok"
-    assert "attention: torch" in findings["kernels"]["found"]
+    assert "the torch formulas" in findings["kernels"]["found"]
     assert (
         f"auto means {str(auto_dtype(findings['device']['found'].split(':')[0].split(',')[0]))[6:]} on"
         in (findings["dtype"]["found"])

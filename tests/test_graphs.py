@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -275,8 +274,9 @@ def test_quantised_weights() -> None:
     graphs = graphed(pipe)
     before = latent(pipe, router=SingleModel(graphs))
     pipe.quantize()
-    assert torch.equal(latent(pipe, router=SingleModel(graphs)), latent(pipe))
-    assert graphs.counts == {"recordings": 8, "replays": 8} and before.shape == latent(pipe).shape
+    rounded = latent(pipe, router=SingleModel(graphs))
+    assert torch.equal(rounded, latent(pipe)) and not torch.equal(rounded, before)
+    assert graphs.counts == {"recordings": 8, "replays": 8}
 
 
 def check_without(pipe: VARControlPipeline, first: Tensor) -> Tensor:
@@ -332,13 +332,6 @@ def draw_on_meta(sampler: BitwiseSampler, mask: bool = False) -> list[Tensor]:
     return drawn.codes
 
 
-@pytest.fixture
-def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autocast knows no device without numbers, not even to be told that it is off."""
-    monkeypatch.setattr(torch, "autocast", lambda *given, **settings: nullcontext())
-
-
-@pytest.mark.usefixtures("no_autocast")
 @pytest.mark.parametrize("mask", [False, True])
 def test_nothing_waits_for_the_device_between_scales(mask: bool) -> None:
     codes = draw_on_meta(BitwiseSampler(0.5, top_p=0.9), mask)
@@ -355,7 +348,6 @@ class Curious(BitwiseSampler):
         return super().sample(-logits, step, generators)
 
 
-@pytest.mark.usefixtures("no_autocast")
 def test_what_waits_would_be_noticed() -> None:
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         draw_on_meta(Curious())
@@ -391,4 +383,4 @@ def test_offloading_brings_one_component_after_the_other() -> None:
     with torch.inference_mode():  # an offloaded backbone moves, and a graph would read where it was
         graphs = graphed(pipe)
         latent(pipe, router=SingleModel(graphs))
-    assert "offloading moves the backbone between devices" in graphs.counts
+    assert "offloading moves the backbone, or parts of it, between devices" in graphs.counts

@@ -87,16 +87,25 @@ class FeedForward(nn.Module):
 
 
 def _linear_gelu(layer: Any, y: Tensor) -> Tensor:
-    if getattr(layer, "active_adapters", None) == []:  # a LoRA wraps the layer, and no adapter is on
-        layer = layer.get_base_layer()
+    if not fuses_gelu(layer, y):
+        return F.gelu(layer(y), approximate="tanh")  # (R, L, 4C)
+    plain = _without_lora(layer)
+    # oneDNN applies the function to sums that it still holds, and the widest tensor of a block is passed over once
+    fused: Tensor = torch.ops.mkldnn._linear_pointwise(y, plain.weight, plain.bias, "gelu", [], "tanh")  # (R, L, 4C)
+    return fused
+
+
+def fuses_gelu(layer: Any, y: Tensor) -> bool:
+    """Whether a feed-forward's first layer and its GELU are one kernel for such a y."""
+    layer = _without_lora(layer)
     plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter  # neither LoRA nor quantised
-    if plain and fuses_linear(y) and y.dtype == layer.weight.dtype:
-        # oneDNN applies the function to sums that it still holds, and the widest tensor of a block is passed over once
-        fused: Tensor = torch.ops.mkldnn._linear_pointwise(
-            y, layer.weight, layer.bias, "gelu", [], "tanh"
-        )  # (R, L, 4C)
-        return fused
-    return F.gelu(layer(y), approximate="tanh")  # (R, L, 4C)
+    watched = bool(layer._forward_hooks or layer._forward_pre_hooks) or hasattr(layer, "_hf_hook")  # as offloading does
+    return plain and not watched and fuses_linear(y) and y.dtype == layer.weight.dtype
+
+
+def _without_lora(layer: Any) -> Any:
+    """What a LoRA wraps, where no adapter is on."""
+    return layer.get_base_layer() if getattr(layer, "active_adapters", None) == [] else layer
 
 
 class TextPool(nn.Module):

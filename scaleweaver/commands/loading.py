@@ -23,7 +23,7 @@ def load_pipeline(
 
     threads: how many torch may use on a CPU, for the whole program; one per core unless given.
     """
-    with _no_collection():
+    with no_collection():
         import diffusers
         import torch
         import transformers
@@ -48,7 +48,7 @@ def load_pipeline(
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Imports make a million objects that all stay; to look for garbage among them takes a fifth of the start."""
     collects = gc.isenabled()
     gc.disable()

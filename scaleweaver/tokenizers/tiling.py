@@ -179,18 +179,19 @@ def _convolve(conv: nn.Conv2d, x: Tensor, box: Box, before: Callable[[Tensor], T
 def _norm(norm: nn.GroupNorm, x: Tensor, size: int) -> Callable[[Tensor], Tensor]:
     """Group norm with the mean and variance of all of x, then x sigmoid(x), for tiles of it."""
     groups, rows = norm.num_groups, len(x)
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     count, mean, spread = 0, torch.zeros((), device=x.device), torch.zeros((), device=x.device)
     for box in _boxes(x, size):
         tile = _cut(x, box).unflatten(1, (groups, -1)).float()  # (B, G, C / G, h, w)
         number = tile[0, 0].numel()
         var, own = torch.var_mean(tile, dim=(2, 3, 4), correction=0)  # (B, G)
         # Chan, Golub and LeVeque: the moments of two samples together
-        apart, both = own.double() - mean, count + number
-        spread = spread + var.double() * number + apart.square() * (count * number / both)
+        apart, both = own.to(wide) - mean, count + number
+        spread = spread + var.to(wide) * number + apart.square() * (count * number / both)
         mean = mean + apart * (number / both)
         count = both
     scale = (spread / count + norm.eps).rsqrt()  # (B, G)
-    weight = norm.weight.double().view(groups, -1) * scale[:, :, None]  # (B, G, C / G)
-    bias = norm.bias.double().view(groups, -1) - mean[:, :, None] * weight
+    weight = norm.weight.to(wide).view(groups, -1) * scale[:, :, None]  # (B, G, C / G)
+    bias = norm.bias.to(wide).view(groups, -1) - mean[:, :, None] * weight
     weight, bias = (t.reshape(rows, -1, 1, 1).float() for t in (weight, bias))  # (B, C, 1, 1)
     return lambda tile: F.silu(torch.addcmul(bias, tile.float(), weight).to(tile.dtype))
