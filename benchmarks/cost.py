@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from cpu_tables import write_into
 
 from scaleweaver.adapters import add_control
 from scaleweaver.backbones.infinity import InfinityTransformer
-from scaleweaver.estimate import decode_cost
+from scaleweaver.doctor import processor
 from scaleweaver.evaluate.memory import MemoryTracker, peak_bytes
 from scaleweaver.methods.scaleweaver import ScaleWeaverConfig
 from scaleweaver.pipeline import VARControlPipeline
 from scaleweaver.schedule import ScaleSchedule, infinity_schedule
 from scaleweaver.tokenizers.bsq import BSQTokenizer
+from scaleweaver.work import decode_cost
 
 ROOT = Path(__file__).resolve().parent.parent
 ACCENT, GREY, INK = "#d1495b", "#9aa0a6", "#3c4043"
@@ -42,10 +43,10 @@ KINDS = ("canny", "depth", "pose")
 MIB = 2**20
 
 
-def build() -> VARControlPipeline:
+def build(*, depth: int = 12, width: int = 512, heads: int = 8) -> VARControlPipeline:
     """The backbone under test, three controls, and a tokenizer of few channels that costs next to nothing."""
     torch.manual_seed(0)
-    backbone = InfinityTransformer(depth=12, width=512, heads=8, bits=32, text_width=2048).eval()
+    backbone = InfinityTransformer(depth=depth, width=width, heads=heads, bits=32, text_width=2048).eval()
     vae = BSQTokenizer(bits=32, widths=(8, 8, 8, 8, 8), encoder_blocks=1, decoder_blocks=1, norm_groups=4).eval()
     pipe = VARControlPipeline(backbone, vae, guidance_scale=3.0)
     for kind in KINDS:
@@ -99,9 +100,13 @@ def point(pipe: VARControlPipeline, x: float, repeats: int, *, prompt: int = 32,
     return found
 
 
-def decode_points(sides: list[int], repeats: int) -> list[dict[str, float]]:
+def decoder() -> BSQTokenizer:
     torch.manual_seed(0)
-    vae, points = BSQTokenizer.preset("d32").eval(), []
+    return BSQTokenizer.preset("d32").eval()
+
+
+def decode_points(sides: list[int], repeats: int) -> list[dict[str, float]]:
+    vae, points = decoder(), []
     for side in sides:
         latent = torch.randn(1, 32, side // 16, side // 16)
         with torch.no_grad():
@@ -240,24 +245,18 @@ def table(series: dict[str, list[dict[str, float]]], setup: dict[str, Any]) -> s
     return "\n".join(lines)
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
-
-
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="small sizes, one repeat")
     parser.add_argument("--out", type=Path, help="write cost.json, cost.png and cost.md there, not into the repository")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     torch.set_num_threads(options.threads)
     start = time.perf_counter()
     series = measure(options.quick)
     setup = {
-        "cpu": cpu_name(), "threads": options.threads, "torch": torch.__version__, "quick": options.quick,
-        "command": " ".join(["python", "benchmarks/cost.py", *sys.argv[1:]]),
+        "cpu": processor(), "threads": options.threads, "torch": torch.__version__, "quick": options.quick,
+        "command": " ".join(["python", "benchmarks/cost.py", *(sys.argv[1:] if given is None else given)]),
         "minutes": round((time.perf_counter() - start) / 60, 1),
     }  # fmt: skip
     fits = {
@@ -274,10 +273,7 @@ def main() -> None:
     if options.out:
         (folder / "cost.md").write_text(text + "\n")
     else:
-        page = ROOT / "docs" / "cost.md"
-        before, _, rest = page.read_text().partition("<!-- cost -->")
-        after = rest.partition("<!-- /cost -->")[2]
-        page.write_text(f"{before}<!-- cost -->\n{text}\n<!-- /cost -->{after}")
+        write_into(ROOT / "docs" / "cost.md", "cost", text)
     print(f"\n{text}\n\n{setup['minutes']} minutes")
 
 

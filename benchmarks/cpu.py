@@ -174,8 +174,7 @@ class Case:
 
 def generation_ways() -> list[str]:
     """int8 where the library that computes in it is there."""
-    quantizes = find_spec("torchao") is not None and hasattr(VARControlPipeline, "quantize")
-    return [*HABITS, OURS, OURS_BF16, *([OURS_INT8] if quantizes else [])]
+    return [*HABITS, OURS, OURS_BF16, *([OURS_INT8] if find_spec("torchao") else [])]
 
 
 def with_threads(count: int, way: Way) -> Way:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from scaleweaver import Control
 from scaleweaver.controls import canny
+from scaleweaver.evaluate.memory import nbytes
 from scaleweaver.evaluate.speed import machine
 from scaleweaver.images import to_pil
 from scaleweaver.pipeline import VARControlPipeline
@@ -33,7 +34,7 @@ from scaleweaver.sampling import BitwiseSampler
 from scaleweaver.schedule import ScaleStep
 from scaleweaver.toybox.dataset import ToyboxDataset
 
-RESULT = Path(__file__).parent / "results" / "dtypes.json"
+RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "guides" / "speed.md"
 FORMATS = {
     "float32": ("float32", None),
@@ -103,16 +104,6 @@ def compare(pipe: VARControlPipeline, given: Sequence[Scene]) -> dict[str, float
     return {"equal_bits": equal / bits, "psnr": sum(ratios) / len(ratios)}
 
 
-def weight_bytes(module: torch.nn.Module) -> int:
-    """Of plain weights and of those that torchao has rounded, which are several tensors each."""
-    total = 0
-    for weight in module.parameters():
-        parts = getattr(weight, "tensor_data_names", None)
-        tensors = [weight] if parts is None else [getattr(weight, name) for name in parts]
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return total
-
-
 def seconds(pipes: dict[str, VARControlPipeline], given: Sequence[Scene], rounds: int) -> dict[str, dict[str, float]]:
     """CPU seconds of a picture without and with a control."""
     best: dict[str, dict[str, float]] = {name: {} for name in pipes}
@@ -146,31 +137,38 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="write dtypes.json and dtypes.md there, not into the repository")
+    arguments = parser.parse_args(given)
     if arguments.scenes < 2:
         parser.error("--scenes must be 2 or more: one without and one with a control")
     torch.set_num_threads(arguments.threads)
     names = [name for name, (_, rounded) in FORMATS.items() if rounded is None or find_spec("torchao")]
     pipes = {name: load(name) for name in names}
-    given = scenes(pipes["float32"], arguments.scenes)
-    times = seconds(pipes, given, arguments.rounds)
+    drawn = scenes(pipes["float32"], arguments.scenes)
+    times = seconds(pipes, drawn, arguments.rounds)
     formats = {}
     for name, pipe in pipes.items():
-        found = compare(pipe, given)
+        found = compare(pipe, drawn)
         finite = {**found, "psnr": found["psnr"] if math.isfinite(found["psnr"]) else None}  # JSON knows no infinity
-        formats[name] = {**finite, **times[name], "transformer_bytes": weight_bytes(pipe.transformer)}
+        formats[name] = {**finite, **times[name], "transformer_bytes": nbytes(pipe.transformer)}
     report = {
-        "command": " ".join(["python", "benchmarks/dtypes.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/dtypes.py", *(sys.argv[1:] if given is None else given)]),
         "machine": machine(), "scenes": arguments.scenes, "rounds": arguments.rounds, "formats": formats,
     }  # fmt: skip
-    RESULT.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    write_into(PAGE, "dtypes", table(report))
-    print(table(report))
+    text = table(report)
+    (arguments.out or RESULTS).mkdir(parents=True, exist_ok=True)
+    result = (arguments.out or RESULTS) / "dtypes.json"
+    result.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if arguments.out:
+        (arguments.out / "dtypes.md").write_text(text + "\n", encoding="utf-8")
+    else:
+        write_into(PAGE, "dtypes", text)
+    print(text)
 
 
 if __name__ == "__main__":

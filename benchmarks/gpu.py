@@ -6,7 +6,7 @@ them. A part that fails leaves its error in the report and the next one goes on;
 left is skipped. The report is written after every part.
 
 python benchmarks/gpu.py                                        all parts, on a GPU
-python benchmarks/gpu.py --parts ceilings pointwise             some of them
+python benchmarks/gpu.py --parts ceilings checks                some of them
 python benchmarks/gpu.py --device cpu --tiny --out /tmp/trial   every line that needs no GPU, in less than a minute
 """
 
@@ -27,6 +27,7 @@ PARTS = (
     "ceilings", "checks", "pointwise", "cached_attention", "same_pictures", "waits", "pictures", "training_attention",
     "decoder", "tiles", "memory", "tests",
 )  # fmt: skip
+HELD_AGAINST_CEILINGS = ("pointwise", "pictures")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.go_on:
         report |= json.loads((arguments.out / "gpu.json").read_text(encoding="utf-8"))
     parts = load(bench)
-    names = list(PARTS if arguments.parts is None else arguments.parts)
+    names = chosen(arguments.parts, report)
     for number, name in enumerate(names):
         began = time.perf_counter()
         print(f"{name} ... {bench.left():.0f} s left", flush=True)
@@ -60,6 +61,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             write(report, arguments.out)
             os.execv(sys.executable, [sys.executable, __file__, *rest(arguments, names[number + 1 :], bench.left())])
     return report
+
+
+def chosen(parts: Sequence[str] | None, report: dict[str, Any]) -> list[str]:
+    """The parts in their order, before them the ceilings where some are held against them."""
+    names = list(PARTS if parts is None else parts)
+    if "ceilings" in report or not set(HELD_AGAINST_CEILINGS) & set(names):
+        return names
+    return ["ceilings", *(name for name in names if name != "ceilings")]
 
 
 def rest(arguments: argparse.Namespace, parts: Sequence[str], seconds: float) -> list[str]:
@@ -119,7 +128,9 @@ def write(report: dict[str, Any], folder: Path) -> None:
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--parts", nargs="*", choices=PARTS, help="these alone, in this order")
+    parser.add_argument(
+        "--parts", nargs="*", choices=PARTS, help="these alone, in this order; ceilings too where they need them"
+    )
     parser.add_argument("--go-on", action="store_true", help="add to the report that is there")
     parser.add_argument("--minutes", type=float, default=9.0, help="start nothing that would not end before")
     parser.add_argument("--quick", action="store_true", help="fewer sizes, batches and repeats")

@@ -145,6 +145,13 @@ class Bench:
             return True
         return False
 
+    def ceiling(self, name: str) -> float:
+        """What the part `ceilings` has found out about the device."""
+        found = self.report["ceilings"]
+        if name not in found:
+            raise RuntimeError(f"{name} is not known, ceilings gave {found}; run that part again")
+        return float(found[name])
+
     def synchronize(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from openai import AsyncOpenAI
 
-from scaleweaver import VARControlPipeline
+from scaleweaver.commands.loading import load_pipeline
 from scaleweaver.doctor import processor
 from scaleweaver.sampling import BitwiseSampler
-from scaleweaver.serve.exact import ROUNDING
+from scaleweaver.serve.exact import measured_rounding
 from scaleweaver.serve.options import ServeOptions
 from scaleweaver.serve.server import running
 
@@ -87,46 +87,50 @@ def rounding(pipe: Any, pictures: int) -> dict[str, Any]:
             if not torch.equal(codes[scale][row], own[scale][0]):
                 turned += 1
                 break
-    moved = torch.cat(found).numpy()
+    moved = torch.cat(found).float().cpu().numpy()
     names = {"median": 0.5, "99%": 0.99, "99.99%": 0.9999, "most": 1.0}
     return {
         "pictures": pictures,
         "turned_by_rounding": turned,
         "moved_logits": {name: float(np.quantile(moved, share)) for name, share in names.items()},
-        "tolerance": ROUNDING,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="toybox")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounding", type=float, help="of exact batches; default: as the server has it")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each mode")
     parser.add_argument("--pictures", type=int, default=24, help="of the rounding's measure")
     parser.add_argument("--into", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    pipe = VARControlPipeline.from_pretrained(options.model)
+    pipe = load_pipeline(options.model, options.device, options.dtype, threads=options.threads)
     pipe.set_progress_bar_config(disable=True)
     pipe(PROMPTS[0], seed=0)
 
     modes = {}
-    for name, settings in MODES.items():
-        with running(pipe, ServeOptions(queue=max(64, options.clients), **settings)) as url:
+    for mode, settings in MODES.items():
+        exact = {"rounding": options.rounding} if settings.get("exact", True) else {}
+        with running(pipe, ServeOptions(queue=max(64, options.clients), **settings, **exact)) as url:
             waits, seconds = asyncio.run(load(url, options.clients, options.seconds))
-        modes[name] = {
+        modes[mode] = {
             "pictures": len(waits),
             "pictures_per_second": round(len(waits) / seconds, 3),
             "wait_seconds": {f"{share}%": round(float(np.percentile(waits, share)), 3) for share in (50, 90, 99)},
         }
-        print(name, json.dumps(modes[name]))
+        print(mode, json.dumps(modes[mode]))
+    name = torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else processor()
     report = {
-        "machine": {"processor": processor(), "threads": options.threads, "torch": torch.__version__},
+        "machine": {"processor": name, "threads": options.threads, "torch": torch.__version__},
         "model": options.model,
+        "dtype": options.dtype,
         "clients": options.clients,
         "modes": modes,
-        "rounding": rounding(pipe, options.pictures),
+        "rounding": {**rounding(pipe, options.pictures), "tolerance": options.rounding or measured_rounding(pipe)},
     }
     print(json.dumps(report["rounding"]))
     if options.into:

@@ -51,7 +51,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The end of a drawing. memory: bytes at its most, of the device, or of the process on a CPU."""
+    """The end of a drawing.
+
+    memory: bytes, on a GPU the most that were allocated, on a CPU the most that the process had at the ends of scales.
+    """
 
     pictures: list[Picture]
     moments: list[Moment]

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from scaleweaver.contracts import Control
 from scaleweaver.demo.drawing import Moment, Wish
@@ -22,26 +21,33 @@ FIELDS = ("kind", "image_b64", "preprocess", "scale", "start", "end", "mask_b64"
 
 def add_endpoints(studio: Studio) -> None:
     """/generate, /map, /scene and /settings of the page that is being built."""
-    most = studio.limits.megapixels * 1_000_000
+    most = studio.most_pixels
 
-    def read(entry: dict[str, Any]) -> Control:
-        unknown = [name for name in entry if name not in FIELDS]
-        if unknown or not isinstance(entry.get("kind"), str) or "image_b64" not in entry:
-            wanted = f"pass kind and image_b64, and any of {', '.join(FIELDS[2:])}"
-            raise ValueError(f"a control has the fields {', '.join(entry) or 'none'}; {wanted}")
-        kind = entry["kind"]
-        picture = decode(entry["image_b64"], f"image of {kind}", most_pixels=most)
-        if entry.get("preprocess"):
-            picture = studio.map_of(kind, picture)
-        mask = entry.get("mask_b64")
-        return Control(
-            kind,
-            picture,
-            mask=decode(mask, f"mask of {kind}", most_pixels=most) if mask else None,
-            scale=float(entry.get("scale", 1.0)),
-            start=float(entry.get("start", 0.0)),
-            end=float(entry.get("end", 1.0)),
-        )
+    def read(given: Any) -> tuple[Control, ...]:
+        # all is looked at before any picture is decoded
+        if not isinstance(given, list | None) or not all(isinstance(entry, dict) for entry in given or []):
+            raise ValueError("the controls are no list of objects; pass [{kind, image_b64}]")
+        entries = given or []
+        studio.check_controls(len(entries))
+        for entry in entries:
+            unknown = [name for name in entry if name not in FIELDS]
+            if unknown or not isinstance(entry.get("kind"), str) or "image_b64" not in entry:
+                wanted = f"pass kind and image_b64, and any of {', '.join(FIELDS[2:])}"
+                raise ValueError(f"a control has the fields {', '.join(entry) or 'none'}; {wanted}")
+            studio.map_kind(entry["kind"])  # refuses what the model has not
+        made: list[Control] = []
+        size = None
+        for entry in entries:
+            kind, mask = entry["kind"], entry.get("mask_b64")
+            picture = decode(entry["image_b64"], f"image of {kind}", most_pixels=most)
+            size = size or studio.size_under(picture)
+            # none is kept at its own size, which may be large
+            picture = studio.map_of(kind, picture, size) if entry.get("preprocess") else studio.fitted(picture, size)
+            if mask:
+                mask = studio.fitted(decode(mask, f"mask of {kind}", most_pixels=most), size, lines=False)
+            scale, start, end = (float(entry.get(name, own)) for name, own in (("scale", 1), ("start", 0), ("end", 1)))
+            made.append(Control(kind, picture, scale, start, end, mask or None))
+        return tuple(made)
 
     @told
     def generate(
@@ -57,7 +63,7 @@ def add_endpoints(studio: Studio) -> None:
         Pictures are data URLs of PNGs, the last ones with their settings inside.
         """
         options = {} if guidance_scale is None else {"guidance_scale": float(guidance_scale)}
-        wish = Wish(prompt, tuple(read(entry) for entry in controls or []), int(seed), int(count), options)
+        wish = Wish(prompt, read(controls), int(seed), int(count), options)
         for event in studio.draw(wish):
             pictures = [data_url(picture) for picture in event.pictures]
             if isinstance(event, Moment):
@@ -82,9 +88,7 @@ def add_endpoints(studio: Studio) -> None:
     @told
     def settings(image_b64: str) -> dict:
         """The settings inside a picture that was drawn here, and the Python that draws it again."""
-        decode(image_b64, "picture", most_pixels=most)  # refuses what is none
-        with Image.open(io.BytesIO(to_bytes(image_b64, "picture"))) as opened:
-            found, python = settings_and_python(opened)
+        found, python = settings_and_python(io.BytesIO(to_bytes(image_b64, "picture")), most)
         return {"settings": found, "python": python}
 
     gr.api(generate, api_name="generate", concurrency_limit=1, concurrency_id="model")

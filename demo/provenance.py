@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-from PIL import Image
-
+from scaleweaver.demo.encoded import opened
 from scaleweaver.metadata import python_of, read_settings
 
 
-def settings_and_python(source: str | os.PathLike[str] | Image.Image) -> tuple[dict[str, Any], str]:
-    """Both of a picture that anybody may have written."""
-    found = read_settings(source)
-    try:
-        return found, python_of(found)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"the settings in this picture are not those of a drawing ({error!r}); take another file"
-        ) from None
+def settings_and_python(source: Any, most_pixels: int) -> tuple[dict[str, Any], str]:
+    """Both of a picture that anybody may have written, a path or an open file."""
+    with opened(source, "picture", most_pixels) as picture:
+        found = read_settings(picture)
+    return found, python_of(found)
 
 
 def kinds_of(settings: dict[str, Any]) -> list[str]:

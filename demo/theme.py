@@ -1,4 +1,4 @@
-"""How the page looks: one accent colour on warm greys, local fonts, light and dark."""
+"""How the page looks: the accent colour of the documents on warm greys, local fonts, light and dark."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import gradio as gr
 from gradio.themes.utils import colors, sizes
 
 STYLE = Path(__file__).parent / "style.css"
-ACCENT = colors.Color(
-    name="ember", c50="#fdf4f0", c100="#fbe5dc", c200="#f7cab8", c300="#f1a68a", c400="#ea7c57", c500="#dd5a31",
-    c600="#c2451f", c700="#a03719", c800="#7f2e18", c900="#672917", c950="#381208",
-)  # fmt: skip
+ACCENT = colors.teal  # as docs/stylesheets/site.css has it
 FONT = ("Inter", "Segoe UI", "Helvetica Neue", "Liberation Sans", "Arial", "sans-serif")
 MONO = ("ui-monospace", "SF Mono", "Consolas", "Liberation Mono", "monospace")
 
@@ -42,7 +39,13 @@ def theme() -> gr.themes.Base:
         block_label_background_fill="transparent",
         block_label_background_fill_dark="transparent",
         block_label_border_width="0px",
-        block_label_text_color="*neutral_500",
+        block_label_text_color="*neutral_600",
+        block_title_text_color="*neutral_600",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        color_accent="*primary_700",
         block_title_text_weight="600",
         block_title_text_size="*text_sm",
         block_shadow="none",
@@ -50,12 +53,12 @@ def theme() -> gr.themes.Base:
         input_background_fill_dark="#191614",
         input_border_color="*neutral_200",
         input_border_color_dark="#3b3531",
-        button_primary_background_fill="*primary_600",
-        button_primary_background_fill_hover="*primary_700",
-        button_primary_background_fill_dark="*primary_600",
-        button_primary_background_fill_hover_dark="*primary_500",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
         button_primary_text_color="white",
         button_large_text_weight="650",
-        slider_color="*primary_500",
+        slider_color="*primary_600",
         slider_color_dark="*primary_500",
     )

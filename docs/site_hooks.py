@@ -26,10 +26,10 @@ _SHOWN = (".md", ".jpg", ".png", ".txt")
 
 
 def on_startup(command: str, dirty: bool) -> None:
-    """Copy the sources to build/reference: in the repository controls/ and kernels/ lie beside the package."""
+    """Copy the sources to build/reference: in the repository controls/, demo/ and kernels/ lie beside the package."""
     package = ROOT / "build" / "reference" / "scaleweaver"
     shutil.rmtree(package, ignore_errors=True)
-    for folder in ("scaleweaver", "controls", "kernels"):
+    for folder in ("scaleweaver", "controls", "demo", "kernels"):
         place = package if folder == "scaleweaver" else package / folder
         for source in (ROOT / folder).rglob("*.py"):
             copy = place / source.relative_to(ROOT / folder)

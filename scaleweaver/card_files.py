@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 _SHOWN = re.compile(r"\]\(([^()\s#]+)\)|^\s+url: (\S+)$", re.MULTILINE)  # links, and the widget's pictures
 _TRAVELS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".txt")  # what a card may show
@@ -71,10 +73,14 @@ def _replace_line(text: str, start: str, new: str | Callable[[str], str]) -> str
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's name says user/repository and is no folder here."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not os.path.exists(name)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not os.path.exists(name)
 
 
 def _lies_below(name: str) -> bool:
-    """A relative path that stays in its folder; what the Hub's cache links to is not looked at."""
+    """A relative path that stays in its folder, on Windows too; what the Hub's cache links to is not looked at."""
     place = PurePosixPath(name)
-    return not place.is_absolute() and ".." not in place.parts and ":" not in name
+    return not place.is_absolute() and ".." not in place.parts and not set(name) & {":", "\\"}

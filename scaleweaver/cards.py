@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from scaleweaver.card_files import is_hub_id
 from scaleweaver.images import read_image
-from scaleweaver.metadata import KEY, read_settings
+from scaleweaver.metadata import read_settings, write_settings
 
 MODEL_FILE, CONTROL_FILE = "model_index.json", "control_config.json"
 _SHOWN_SETTINGS = ("steps", "batch", "accumulate", "lr", "optimizer", "precision", "ema", "seed")
@@ -184,9 +184,11 @@ def _save_pictures(folder: Path, pictures: Sequence[Any]) -> list[tuple[str, str
     saved = []
     for number, item in enumerate(pictures):
         prompt, source = item if isinstance(item, tuple) else ("", item)
-        picture = source if isinstance(source, Image.Image) else read_image(source, f"picture {number} of the card")
-        if not prompt and (KEY in picture.info or isinstance(source, str | os.PathLike)):
-            prompt = str(_settings(source).get("prompt", ""))
+        picture = read_image(source, f"picture {number} of the card")
+        settings = _settings(source) if isinstance(source, str | os.PathLike | Image.Image) else {}
+        prompt = prompt or str(settings.get("prompt", ""))
+        if settings and type(source) is not Image.Image:  # a crop or a copy is not what they would make
+            picture = write_settings(picture, settings)
         place = PurePosixPath("images", f"{number:03d}.png")
         (folder / place).parent.mkdir(exist_ok=True)
         picture.save(folder / place)

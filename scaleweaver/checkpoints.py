@@ -26,7 +26,7 @@ from scaleweaver.adapters import (
 from scaleweaver.backbones.infinity import InfinityTransformer
 from scaleweaver.card_files import Document
 from scaleweaver.cards import Card, write_card
-from scaleweaver.hub import locate, locate_control, make_repo, upload
+from scaleweaver.hub import full_id, locate, locate_control, upload
 from scaleweaver.lora import remove_lora
 from scaleweaver.methods.scaleweaver import ControlAdapter
 from scaleweaver.precision import read_dtype
@@ -156,11 +156,13 @@ class StoredPipeline(DiffusionPipeline):
 
         The card that the model came with goes along; with `card`, or where there was none, one is written.
         """
-        repo_id = make_repo(repo_id, private=private, token=token)
+        name = full_id(repo_id, token=token)
         with tempfile.TemporaryDirectory() as temporary:
-            document = None if self._card is None else self._card.renamed(repo_id)
-            self._save(Path(temporary), repo_id, card, document, max_shard_size=max_shard_size, variant=variant)
-            return upload(temporary, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+            document = None if self._card is None else self._card.renamed(name)
+            self._save(Path(temporary), name, card, document, max_shard_size=max_shard_size, variant=variant)
+            return upload(
+                temporary, name, private=private, token=token, commit_message=commit_message, create_pr=create_pr
+            )
 
     def push_control(
         self,
@@ -178,7 +180,7 @@ class StoredPipeline(DiffusionPipeline):
         Cards as in `push_to_hub`.
         """
         self._require_control(name)
-        repo_id = make_repo(repo_id, private=private, token=token)
+        repo_id = full_id(repo_id, token=token)
         with tempfile.TemporaryDirectory() as temporary:
             folder, base = Path(temporary), self.name_or_path or None
             if name in self._control_cards and card is None:
@@ -186,7 +188,9 @@ class StoredPipeline(DiffusionPipeline):
             save_control(folder, self.transformer, self.controls[name], name, base=base)
             if card is not None or name not in self._control_cards:
                 write_card(folder, card or Card(), name=repo_id, base=base)
-            return upload(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+            return upload(
+                folder, repo_id, private=private, token=token, commit_message=commit_message, create_pr=create_pr
+            )
 
     def _keep_card(self, name: str, folder: Path) -> None:
         """Remember what a control's folder says of it."""

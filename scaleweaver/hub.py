@@ -7,9 +7,11 @@ import os
 import shutil
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import validate_repo_id
 
 from scaleweaver.cards import CONTROL_FILE, MODEL_FILE, Card, write_card
 from scaleweaver.download import download
@@ -90,22 +92,26 @@ def locate_control(
     raise ValueError(f"{os.fspath(source)!r} holds the controls {', '.join(below)}; pass one of them as name=")
 
 
-def make_repo(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
-    """The full id of a Hub repository, made if it is not there."""
-    return str(HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id)
+def full_id(repo_id: str, *, token: str | bool | None = None) -> str:
+    """A repository's id with its owner, who is you unless it says so."""
+    validate_repo_id(repo_id)
+    return repo_id if "/" in repo_id else f"{HfApi(token=token).whoami()['name']}/{repo_id}"
 
 
 def upload(
     folder: str | os.PathLike[str],
     repo_id: str,
     *,
+    private: bool | None = None,
     token: str | bool | None = None,
     commit_message: str = "Upload scaleweaver model",
     create_pr: bool = False,
 ) -> str:
-    """Put a folder into a Hub repository that is there; returns the address of the commit."""
-    commit = HfApi(token=token).upload_folder(
-        repo_id=repo_id, folder_path=Path(folder), commit_message=commit_message, create_pr=create_pr
+    """Put a folder into a Hub repository, made if it is not there; returns the address of the commit."""
+    api = HfApi(token=token)
+    made = api.create_repo(repo_id, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=made.repo_id, folder_path=Path(folder), commit_message=commit_message, create_pr=create_pr
     )
     return str(commit.pr_url or commit.commit_url)
 
@@ -128,10 +134,12 @@ def push_folder(
     folder = Path(folder).absolute()
     if not any((folder / marker).is_file() for marker in (MODEL_FILE, CONTROL_FILE)):
         raise ValueError(f"{os.fspath(folder)!r} holds neither {MODEL_FILE} nor {CONTROL_FILE}; pass a saved model")
-    repo_id = make_repo(repo_id, private=private, token=token)
+    send = partial(
+        upload, repo_id=repo_id, private=private, token=token, commit_message=commit_message, create_pr=create_pr
+    )
     if card is None and (folder / "README.md").exists():
-        return upload(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
-    card = card or Card()
+        return send(folder)
+    card, name = card or Card(), full_id(repo_id, token=token)
     run = _run_of(folder) if card.run is None else card.run
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary) / "model"
@@ -139,8 +147,8 @@ def push_folder(
         shutil.copytree(
             folder, place, copy_function=_link, ignore=lambda here, _: _OF_A_CARD if here == os.fspath(folder) else ()
         )
-        write_card(place, replace(card, run=run), name=repo_id, base=_trained_on(run))
-        return upload(place, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+        write_card(place, replace(card, run=run), name=name, base=_base_of(folder, run))
+        return send(place)
 
 
 def _link(source: str, target: str) -> str:
@@ -159,9 +167,16 @@ def _run_of(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _trained_on(run: str | os.PathLike[str] | None) -> str | None:
-    """The model that a run began with, where its settings say so."""
+def _base_of(folder: Path, run: str | os.PathLike[str] | None) -> str | None:
+    """What a trained control fits, by the card that the training wrote, which knew a Hub id from a folder.
+
+    Else it is the last part of what the run's settings call its model: where a folder lies says nothing elsewhere.
+    """
+    if (folder / "README.md").is_file():
+        known = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.get("base_model")
+        if isinstance(known, str):
+            return known
     if run is None or not (Path(run) / "config.json").is_file():
         return None
     options = json.loads((Path(run) / "config.json").read_text(encoding="utf-8")).get("options", {})
-    return str(options["model"]) if "model" in options else None
+    return Path(str(options["model"])).name if "model" in options else None

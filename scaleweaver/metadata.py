@@ -12,6 +12,13 @@ from PIL.PngImagePlugin import PngInfo
 
 KEY = "scaleweaver"
 _IMAGE_DESCRIPTION = 0x010E  # the EXIF text tag that every viewer shows
+# arguments of a call that settings name as they are; of the others `python_of` makes lines of their own
+ARGUMENTS = (
+    "seed", "negative_prompt", "height", "width", "guidance_scale", "control_guidance_scale", "guidance_layer",
+    "temperature", "top_k", "top_p", "stop_after", "schedule",
+)  # fmt: skip
+_PARTS = ("cache", "router", "sampler", "search")
+_ELSEWHERE = ("model", "dtype", "quantize", "loras", "forced", "prompt", "control")
 _File = str | bytes | os.PathLike[str] | os.PathLike[bytes] | IO[bytes]
 
 
@@ -74,7 +81,7 @@ def _parse(image: Image.Image, name: str) -> dict[str, Any]:
         )
     try:
         settings = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"the settings in {name} are damaged ({error}); expected JSON") from None
     if not isinstance(settings, dict):
         raise ValueError(f"the settings in {name} are a {type(settings).__name__}; expected a JSON object")
@@ -105,7 +112,19 @@ def _file_metadata(text: str, format: str) -> dict[str, Any]:
 
 
 def python_of(settings: dict[str, Any]) -> str:
-    """The Python call that these settings stand for; a picture keeps no control images, so it names files to put."""
+    """The Python call that these settings stand for; a picture keeps no control images, so it names files to put.
+
+    Anybody may have written the file that the settings are from: what is in them becomes literals, never code.
+    """
+    try:
+        return "\n".join(_call(settings))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the settings are not those of a drawing ({error!r}); take a picture that this package has drawn"
+        ) from None
+
+
+def _call(settings: dict[str, Any]) -> list[str]:
     controls = settings.get("control", [])
     names = "Control, VARControlPipeline" if controls else "VARControlPipeline"
     dtype = f", dtype={settings['dtype']!r}" if "dtype" in settings else ""
@@ -120,16 +139,15 @@ def python_of(settings: dict[str, Any]) -> str:
     weights = [lora["weight"] for lora in loras.values()]
     lines += [f"pipe.set_adapters({list(loras)!r}, {weights!r})"] if loras else []
     # parts that were given as objects are known by their names only
-    parts = ("cache", "router", "sampler", "search")
-    lines += [f"# drawn with {name}={settings[name]}" for name in parts if name in settings]
-    lines += [f"# drawn with {settings['forced']} scales of given codes (forced)"] if "forced" in settings else []
+    lines += [f"# drawn with {name}={settings[name]!r}" for name in _PARTS if name in settings]
+    lines += [f"# drawn with {settings['forced']!r} scales of given codes (forced)"] if "forced" in settings else []
+    unknown = [name for name in settings if name not in (*_ELSEWHERE, *_PARTS, *ARGUMENTS)]
+    lines += [f"# settings that this version does not know: {unknown!r}"] if unknown else []
     if "prompt" in settings:
         lines += ["out = pipe(", f"    {settings['prompt']!r},"]
     else:
         lines += ["# drawn from prompt_embeds, which no picture keeps: put them here", "out = pipe("]
-    for name, value in settings.items():
-        if name not in ("model", "dtype", "quantize", "prompt", "control", "forced", "loras", *parts):
-            lines.append(f"    {name}={value!r},")
+    lines += [f"    {name}={value!r}," for name, value in settings.items() if name in ARGUMENTS]
     if controls:
         lines.append("    # no picture keeps its control images: put the maps that it was drawn under into these files")
         lines.append("    control=[")
@@ -139,4 +157,4 @@ def python_of(settings: dict[str, Any]) -> str:
             words += ['mask="mask.png"'] if control.get("masked") else []
             lines.append(f"        Control({control['kind']!r}, {control['kind'] + '.png'!r}, {', '.join(words)}),")
         lines.append("    ],")
-    return "\n".join([*lines, ")"])
+    return [*lines, ")"]

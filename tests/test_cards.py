@@ -14,10 +14,11 @@ from tiny_pipeline import PROMPT, edges, tiny_pipeline
 from typer.testing import CliRunner
 
 from scaleweaver.adapters import save_control
-from scaleweaver.card_files import Document
+from scaleweaver.card_files import Document, is_hub_id
 from scaleweaver.cards import Card, write_card
 from scaleweaver.cli import app
 from scaleweaver.hub import push_folder
+from scaleweaver.metadata import read_settings
 
 SHEET = b"a sheet of samples"
 
@@ -59,14 +60,15 @@ def run(tmp_path: Path) -> Path:
     for name in ("000010-canny.png", "000020-canny.png"):
         (folder / "samples" / name).write_bytes(SHEET)
     pipe = tiny_pipeline("canny")
-    save_control(folder / "result" / "canny", pipe.transformer, pipe.controls["canny"], "canny")
+    save_control(folder / "result" / "canny", pipe.transformer, pipe.controls["canny"], "canny", base="you/model")
     return folder
 
 
 def test_a_pipeline(saved: Path, evaluation: Path, tmp_path: Path) -> None:
     drawn: Any = tiny_pipeline()(PROMPT, seed=4)
     drawn = drawn.images[0]
-    drawn.save(tmp_path / "drawn.png")
+    file = tmp_path / "drawn.png"
+    drawn.save(file)
     card = Card(
         summary="Draws cubes.",
         license="mit",
@@ -74,7 +76,7 @@ def test_a_pipeline(saved: Path, evaluation: Path, tmp_path: Path) -> None:
         datasets=["you/cubes"],
         language="en",
         tags=["cubes"],
-        pictures=[drawn, tmp_path / "drawn.png", ("two words", edges())],
+        pictures=[drawn, file, Image.open(file), drawn.copy(), ("two words", edges())],
         measured=[evaluation],
         limits="Draws nothing but cubes.",
     )
@@ -87,10 +89,16 @@ def test_a_pipeline(saved: Path, evaluation: Path, tmp_path: Path) -> None:
     assert [(each["text"], each["output"]["url"]) for each in data["widget"]] == [
         (PROMPT, "images/000.png"),
         (PROMPT, "images/001.png"),
-        ("two words", "images/002.png"),
+        (PROMPT, "images/002.png"),
+        (PROMPT, "images/003.png"),
+        ("two words", "images/004.png"),
     ]
-    with Image.open(saved / "images/000.png") as picture:
-        assert "seed" in picture.text["scaleweaver"] and picture.size == (32, 32)  # type: ignore[attr-defined]
+    for name in ("000", "001", "002"):
+        assert read_settings(saved / f"images/{name}.png") == drawn.settings
+        assert Image.open(saved / f"images/{name}.png").tobytes() == drawn.tobytes()
+    for name in ("003", "004"):  # a copy is no longer what the settings would make
+        with pytest.raises(ValueError, match="carries no settings"):
+            read_settings(saved / f"images/{name}.png")
     # the first row alone, and no metric that was not measured
     (result,) = read.data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_split) == ("f1", 0.25, "test")
@@ -132,6 +140,33 @@ def test_a_control_of_a_run(run: Path) -> None:
     assert 'from_pretrained("you/model")\npipe.load_control("you/canny", name="canny", replace=True)' in read.text
 
 
+def test_a_folder_that_a_control_was_trained_on_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where the training ran, nor from elsewhere, where "runs/base" looks like one."""
+    pipe = tiny_pipeline("canny")
+    (tmp_path / "runs/base").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps({"recipe": "control", "options": {"model": "runs/base"}}))
+    monkeypatch.chdir(tmp_path)
+    save_control("run/result/canny", pipe.transformer, pipe.controls["canny"], "canny", base="runs/base")
+    monkeypatch.chdir(tmp_path / "run")
+    with running_hub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        push_folder("result/canny", "you/canny", card=Card(license="mit"))
+        read = ModelCard(hub.repos["you/canny"][-1].files["README.md"].decode())
+    assert "base_model" not in read.data.to_dict() and "those of `base`, and no others" in read.text
+
+
+def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs/base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id("you/model-1.5_b")
+    for name in ("toybox", "runs/base", "../mine", "./mine", ".cache/mine", "mine/..", "a/b/c", "C:\\mine", ""):
+        assert not is_hub_id(name), name
+
+
 @pytest.mark.parametrize(
     ("card", "words"),
     [
@@ -151,6 +186,7 @@ def test_a_card_is_read_with_what_it_shows_and_nothing_else(tmp_path: Path) -> N
     folder = tmp_path / "model"
     (folder / "deep").mkdir(parents=True)
     secret = tmp_path / "secret.txt"
+    (folder / "..\\secret.txt").write_text("above the folder on Windows")
     shown: dict[str, Any] = {"a.png": b"a", "deep/b.jpg": b"b", "widget.webp": b"w", "list.txt": b"l"}
     for name, data in {**shown, "run.py": b"code", "unseen.png": b"u", "weights.safetensors": b"x"}.items():
         (folder / name).write_bytes(data)
@@ -158,7 +194,7 @@ def test_a_card_is_read_with_what_it_shows_and_nothing_else(tmp_path: Path) -> N
     text = (
         "---\nwidget:\n- text: x\n  output:\n    url: widget.webp\n---\n\n# Name\n\n![a](a.png) [b](deep/b.jpg)"
         f" [c](run.py) [d](weights.safetensors) [e](../secret.txt) [f]({secret}) [g](list.txt) [h](missing.png)"
-        " [i](https://example.org/a.png)\n"
+        " [e](..\\secret.txt) [i](https://example.org/a.png)\n"
     )
     (folder / "README.md").write_text(text)
     found = Document.read(folder)

@@ -1,6 +1,6 @@
 """The Python of the pages runs, block after block, as a reader would run it; links and the list of pages are whole.
 
-Blocks marked ```python are run, those marked ```py only shown: they need a network, a GPU or hours.
+Blocks marked ```python are run, those marked ```py only shown: they need a network, files of one's own, or minutes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scaleweaver.hub import built_in_folder
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 TOYBOX = built_in_folder("toybox")
-RUN = [ROOT / "README.md", DOCS / "index.md", *sorted(DOCS.glob("*/*.md"))]
+RUN = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def python_blocks(page: Path) -> list[tuple[int, str]]:
@@ -61,6 +61,9 @@ def test_pages_with_python_are_found() -> None:
     assert {page.name for page in RUN if python_blocks(page)} >= {
         "README.md",
         "index.md",
+        "controls.md",
+        "cost.md",
+        "toybox.md",
         "first_picture.md",
         "photo_to_picture.md",
         "several_controls.md",

@@ -16,13 +16,17 @@ from tiny_pipeline import PROMPT, edges, tiny_pipeline
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from scaleweaver.backbones.layers import fuses_gelu
 from scaleweaver.cache import FullCache, KVCache, NoCache, SlidingWindow
 from scaleweaver.contracts import Control, Route, SamplerState
-from scaleweaver.estimate import Estimate, decode_cost, kv_bytes
+from scaleweaver.estimate import Estimate, kv_bytes
 from scaleweaver.evaluate.memory import MemoryTracker, nbytes, peak_bytes, storage_bytes, without_storage
 from scaleweaver.loop import SingleModel
+from scaleweaver.lora import add_lora
 from scaleweaver.pipeline import VARControlPipeline
 from scaleweaver.schedule import ScaleSchedule, ScaleStep, infinity_schedule
+from scaleweaver.styles import set_styles
+from scaleweaver.work import decode_cost
 
 MIB = 2**20
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,6 +180,39 @@ def test_agrees_for_the_built_in_model(monkeypatch: pytest.MonkeyPatch) -> None:
     estimate = pipe.estimate("a red cube on grass", control="canny", num_images_per_prompt=2)
     agrees(estimate, real)
     assert estimate.bank_bytes == {"canny": real.banks}
+
+
+def unfused(pipe: VARControlPipeline) -> int:
+    """How much more the backbone holds than one whose GELU is part of the layer before it, at the last scale."""
+    plain = tiny_pipeline().estimate(PROMPT)
+    return pipe.estimate(PROMPT).scales[-1].activation_bytes - plain.scales[-1].activation_bytes
+
+
+def gelu_is_fused() -> bool:
+    """Whether oneDNN runs it here at all."""
+    with torch.no_grad():
+        fc1 = tiny_backbone().blocks[0].ffn.fc1
+        return fuses_gelu(fc1, fc1.bias)
+
+
+def test_rounded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    pipe = tiny_pipeline().quantize("int8")
+    assert pipe.estimate(PROMPT).total_flops == tiny_pipeline().estimate(PROMPT).total_flops
+    real = measure(pipe, PROMPT, monkeypatch)
+    estimate = pipe.estimate(PROMPT)
+    assert estimate.kv_bytes == real.kv
+    assert estimate.peak_bytes - estimate.weight_bytes == pytest.approx(real.peak, rel=0.1)
+    assert (unfused(pipe) > 0) == gelu_is_fused()
+
+
+def test_a_lora_in_the_feed_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline()
+    add_lora(pipe.transformer, "style", pattern=r"blocks\.0\.ffn\.fc1", rank=2, alpha=2)
+    assert unfused(pipe) == 0  # it is off
+    set_styles(pipe.transformer, {"style": 1.0})
+    agrees(pipe.estimate(PROMPT), measure(pipe, PROMPT, monkeypatch))
+    assert unfused(pipe) > 0
 
 
 def test_stages_agree_one_by_one() -> None:

@@ -20,7 +20,7 @@ from tiny_pipeline import tiny_pipeline
 
 from scaleweaver.adapters import save_control
 from scaleweaver.cards import Card
-from scaleweaver.hub import built_in_folder, locate, locate_control, make_repo, push_folder, upload
+from scaleweaver.hub import built_in_folder, locate, locate_control, push_folder, upload
 from scaleweaver.pipeline import VARControlPipeline
 
 
@@ -91,7 +91,7 @@ def test_loras_come_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=r".*attn\.qkv", init_lora_weights=False)
     model: Any = get_peft_model(tiny_backbone(), config)  # type: ignore[arg-type]
     model.save_pretrained(tmp_path / "style")
-    upload(tmp_path / "style", make_repo("style"))
+    upload(tmp_path / "style", "style")
     pipe, local = tiny_pipeline(), tiny_pipeline()
     plain = pipe("a red cube", seed=3)
     assert pipe.load_lora_weights("me/style") == local.load_lora_weights(tmp_path / "style") == "default_0"
@@ -197,7 +197,30 @@ def test_errors(hub: Hub) -> None:
         tiny_pipeline("canny").push_control("depth", "me/depth")
     with pytest.raises(ValueError, match=r"holds neither model_index\.json nor control_config\.json"):
         push_folder(Path(__file__).parent, "me/tests")
-    assert set(hub.repos) == {"me/empty"}  # nothing was made for what could not be sent
+    assert set(hub.repos) == {"me/empty"}
+
+
+def test_nothing_is_made_for_what_cannot_be_sent(hub: Hub, tmp_path: Path) -> None:
+    pipe = tiny_pipeline("canny")
+    pipe.save_pretrained(tmp_path / "tiny")
+    for card in (Card(measured=["nowhere"]), Card(pictures=["nowhere.png"]), Card(run="nowhere")):
+        for push in (
+            lambda card: pipe.push_to_hub("me/tiny", card=card),
+            lambda card: pipe.push_control("canny", "canny", card=card),
+            lambda card: push_folder(tmp_path / "tiny", "me/tiny", card=card),
+        ):
+            with pytest.raises(ValueError, match="nowhere"):
+                push(card)
+    with pytest.raises(ValueError, match="Repo id"):
+        pipe.push_to_hub("me/tiny/canny")
+    assert not hub.repos
+
+
+def test_a_rounded_pipeline_is_not_sent(hub: Hub) -> None:
+    pytest.importorskip("torchao")
+    with pytest.raises(ValueError, match="rounded to int8"):
+        tiny_pipeline().quantize("int8").push_to_hub("me/rounded")
+    assert not hub.repos
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import inspect
 import io
 import pickle
 from pathlib import Path
@@ -9,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tiny_pipeline import PROMPT, edges, tiny_pipeline
 
-from scaleweaver.metadata import KEY, Picture, read_settings, write_settings
+from scaleweaver.cache import FullCache
+from scaleweaver.metadata import ARGUMENTS, KEY, Picture, python_of, read_settings, write_settings
+from scaleweaver.pipeline import VARControlPipeline
 
 SETTINGS: dict[str, Any] = {
     "prompt": 'a "red" cube, größer als 東京 🙂',
@@ -94,3 +99,50 @@ def test_errors(tmp_path: Path) -> None:
     for bad in ({"x": object()}, {"x": float("nan")}):
         with pytest.raises(ValueError, match="plain numbers"):
             write_settings(image(), bad)
+
+
+def test_python_of_settings_names_all_that_a_drawing_may_write() -> None:
+    assert set(ARGUMENTS) <= set(inspect.signature(VARControlPipeline.__call__).parameters)
+    numbers = {"guidance_scale": 2.0, "control_guidance_scale": 2.0, "temperature": 0.9, "top_k": 3, "top_p": 0.9}
+    pipe = tiny_pipeline("canny")
+    drawn = pipe(
+        PROMPT, seed=3, control={"canny": edges()}, negative_prompt="a ball", stop_after=2, cache=FullCache(), **numbers
+    )
+    code = python_of(drawn.settings[0])
+    assert "does not know" not in code
+    for name in ("seed", "negative_prompt", "height", "width", "stop_after", "control", *numbers):
+        assert f"    {name}=" in code
+
+
+HOSTILE = "x'\nimport os\nos.system('id')\u2028#"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prompt": "a cube", f"seed=1)\n{HOSTILE}": 1},
+        {"prompt": "a cube", "cache": HOSTILE, "forced": HOSTILE, "seed": HOSTILE},
+        {"prompt": HOSTILE, "model": HOSTILE, "dtype": HOSTILE, "quantize": HOSTILE},
+        {"loras": [{"name": HOSTILE, "source": HOSTILE, "weight": HOSTILE}]},
+        {"prompt": "a cube", "control": [{"kind": HOSTILE, "scale": HOSTILE, f"end=1){HOSTILE}": 1}]},
+    ],
+)
+def test_python_of_settings_of_a_stranger_is_that_call_and_nothing_else(settings: dict[str, Any]) -> None:
+    code = python_of(settings)
+    lines = [ast.unparse(node).split("(")[0].split("\n")[0] for node in ast.parse(code).body]
+    wanted = [
+        "from scaleweaver import " + ("Control, VARControlPipeline" if "control" in settings else "VARControlPipeline"),
+        "pipe = VARControlPipeline.from_pretrained",
+        *(["pipe.quantize"] if "quantize" in settings else []),
+        *(["pipe.load_lora_weights", "pipe.set_adapters"] if "loras" in settings else []),
+        "out = pipe",
+    ]
+    assert lines == wanted and "\u2028" not in code
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert all(isinstance(word.value, ast.Constant | ast.List) for call in calls for word in call.keywords)
+
+
+def test_python_of_what_are_no_settings_is_refused() -> None:
+    for bad in ({"control": [3]}, {"control": [{"scale": 1}]}, {"loras": 1}, {"loras": [{"name": []}]}):
+        with pytest.raises(ValueError, match="not those of a drawing"):
+            python_of(bad)

@@ -18,6 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import scaleweaver
+from scaleweaver.doctor import EXTRAS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -196,6 +197,10 @@ def test_every_package_is_listed() -> None:
         folders |= inside
     assert names == set(PROJECT["tool"]["setuptools"]["packages"])
     assert all((folder / "__init__.py").is_file() for folder in folders)
+
+
+def test_doctor_looks_at_every_extra() -> None:
+    assert sorted(EXTRAS) == sorted(PROJECT["project"]["optional-dependencies"])
 
 
 def test_one_version_everywhere() -> None:

@@ -84,11 +84,14 @@ def test_this_machine_has_a_thread():
 def test_threads_are_set_when_asked(monkeypatch):
     import torch
 
-    before = torch.get_num_threads()
+    before, found = torch.get_num_threads(), find_processors().threads
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     try:
-        assert set_threads(1) == 1 == torch.get_num_threads()
+        assert set_threads(found + 1) == found + 1 == torch.get_num_threads()
+        assert set_threads() == found == torch.get_num_threads()
+        torch.set_num_threads(found + 1)
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        assert set_threads() == torch.get_num_threads()
+        assert set_threads() == found + 1 == torch.get_num_threads()  # somebody has chosen
         with pytest.raises(ValueError, match="1 or more"):
             set_threads(0)
     finally:

@@ -11,7 +11,7 @@ import numpy as np
 from scaleweaver.demo.control_slot import ControlSlot, examples, read_controls
 from scaleweaver.demo.drawing import Drawn, Moment, Wish
 from scaleweaver.demo.errors import told
-from scaleweaver.demo.knobs import first_number, read_seed
+from scaleweaver.demo.knobs import changed_numbers, read_seed, shown_number
 from scaleweaver.demo.strip import line_of, strip
 from scaleweaver.demo.studio import Studio
 from scaleweaver.demo.tabs.generate import DRAWING
@@ -24,13 +24,12 @@ class Side:
     """The settings of one side; what both share lies beside them."""
 
     def __init__(self, studio: Studio, name: str, strength: float) -> None:
-        config = studio.pipe.config
         gr.HTML(f'<p class="sw-side">{name}</p>')
         self.strength = gr.Slider(0, 2, value=strength, step=0.05, label="Strength of the control")
         self.end = gr.Slider(0, 1, value=1, step=0.05, label="Control acts until")
-        own = first_number(config["guidance_scale"], 3.0)
+        own = shown_number(studio, "guidance_scale")
         self.guidance = gr.Slider(1, 10, value=own, step=0.5, label="How closely to follow the words")
-        own = first_number(config["temperature"], 1.0)
+        own = shown_number(studio, "temperature")
         self.temperature = gr.Slider(0.1, 2, value=own, step=0.1, label="Temperature")
 
     @property
@@ -74,7 +73,7 @@ def build(studio: Studio) -> None:
             for slot in given:
                 slot[2], slot[4] = strength, end
             made = read_controls(studio, [value for slot in given for value in slot])
-            options = {"guidance_scale": guidance, "temperature": temperature}
+            options = changed_numbers(studio, {"guidance_scale": guidance, "temperature": temperature})
             moments: list[Moment] = []
             for event in studio.draw(Wish(words or "", made, read_seed(number), 1, options)):
                 if isinstance(event, Drawn):

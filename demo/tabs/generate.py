@@ -13,7 +13,7 @@ import gradio as gr
 from scaleweaver.demo.control_slot import MAPS, ControlSlot, examples, read_controls
 from scaleweaver.demo.drawing import Drawn, Moment, Wish
 from scaleweaver.demo.errors import told
-from scaleweaver.demo.knobs import Knobs, read_seed
+from scaleweaver.demo.knobs import Knobs, read_seed, size_choice
 from scaleweaver.demo.strip import facts, progress, strip
 from scaleweaver.demo.studio import Studio
 from scaleweaver.images import fit
@@ -50,12 +50,13 @@ def build(studio: Studio) -> None:
                     columns=len(shown), height="auto", allow_preview=False, show_label=False, object_fit="cover",
                     elem_classes="sw-cards", buttons=[], interactive=False, container=False,
                 )  # fmt: skip
+            size = size_choice(studio)
             slots = [
-                ControlSlot(studio, number, prompt=prompt, example=first if number == 1 else None)
+                ControlSlot(studio, number, prompt=prompt, size=size, example=first if number == 1 else None)
                 for number in range(1, (studio.limits.controls if studio.kinds else 0) + 1)
             ]
             with gr.Accordion("More settings", open=False):
-                knobs = Knobs(studio)
+                knobs = Knobs(studio, size)
         with gr.Column(scale=5, min_width=300, elem_id="result"):
             pictures = gr.Gallery(
                 columns=1, height="auto", object_fit="contain", show_label=False, format="png", elem_id="pictures",
@@ -67,8 +68,8 @@ def build(studio: Studio) -> None:
                 download = gr.DownloadButton("Download PNG, settings inside", variant="secondary")
                 with gr.Accordion("Control and picture", open=True, visible=False) as compared:
                     slider = gr.ImageSlider(
-                        type="pil", format="png", show_label=False, interactive=False, elem_id="slider", max_height=420,
-                        buttons=["fullscreen"],
+                        type="filepath", format="png", show_label=False, interactive=False, elem_id="slider",
+                        max_height=420, buttons=["fullscreen"],
                     )  # fmt: skip
                 with gr.Accordion("The Python for this picture", open=False):
                     code = gr.Code(language="python", show_label=False, interactive=False, elem_id="python")
@@ -77,16 +78,17 @@ def build(studio: Studio) -> None:
     if slots:
         first_slot = slots[0]
         outputs = first_slot.scene_outputs(prompt)
-        surprise.click(told(first_slot.surprise), first_slot.kind, outputs, show_progress_on=first_slot.map, **MAPS)
+        given = [first_slot.kind, size]
+        surprise.click(told(first_slot.surprise), given, outputs, show_progress_on=first_slot.map, **MAPS)
     if shown:
 
-        def load(event: gr.SelectData) -> tuple[Any, ...]:
+        def load(chosen: str, event: gr.SelectData) -> tuple[Any, ...]:
             example = shown[event.index]
-            return (*slots[0].load_example(example), example.prompt)
+            return (*slots[0].load_example(example, chosen), example.prompt)
 
         cards.select(
             told(load),
-            None,
+            size,
             [*slots[0].outputs, slots[0].tabs, slots[0].photo, prompt],
             show_progress_on=slots[0].map,
             **MAPS,

@@ -67,16 +67,19 @@ def build(studio: Studio) -> None:
                 additions = strip_of(_additions(moments), moments, title=ADDED)
                 yield strip(moments, title=AFTER), additions, facts(event), table_of(COLUMNS, _rows(event, bits))
 
+    def read_file(path: str | None) -> tuple[Any, ...]:
+        return _read(path, studio.most_pixels)
+
     start.click(told(run), [prompt, seed], [after, added, line, table], show_progress="hidden", **DRAWING)
     read = [inside, settings, code, note, prompt, seed]
-    dropped.input(told(_read), dropped, read, show_progress="hidden", api_visibility="private")
+    dropped.input(told(read_file), dropped, read, show_progress="hidden", api_visibility="private")
 
 
-def _read(path: str | None) -> tuple[Any, ...]:
+def _read(path: str | None, most_pixels: int) -> tuple[Any, ...]:
     """What a picture says of itself; its prompt and seed go into the fields below."""
     if not path:
         return gr.update(visible=False), None, "", "", gr.skip(), gr.skip()
-    found, code = settings_and_python(path)
+    found, code = settings_and_python(path, most_pixels)
     # anybody may have written the file: what it says goes into the page as text
     kinds = html.escape(", ".join(kinds_of(found)))
     hint = f"Drawn under {kinds}: files keep no maps, so below it is drawn from its words alone." if kinds else ""

@@ -3,8 +3,9 @@ const SVG = "http://www.w3.org/2000/svg";
 const board = element.querySelector(".sw-board");
 const hint = element.querySelector(".sw-hint");
 const select = element.querySelector("select");
-const { joints, limbs, colours, poses, width, height } = props;
-const unit = Math.min(width, height) / 64;
+const { joints, limbs, colours, poses } = props;
+let { width, height } = props;
+let unit = Math.min(width, height) / 64;
 let people = [];
 let history = [];
 
@@ -183,5 +184,16 @@ function show() {
   history = [];
   build();
 }
+// a picture of another size: all joints keep their part of the way across and down
+function resize() {
+  if (props.width === width && props.height === height) return;
+  const across = props.width / width, down = props.height / height;
+  people = people.map((person) => person.map(([x, y, seen]) => [x * across, y * down, seen]));
+  ({ width, height } = props);
+  unit = Math.min(width, height) / 64;
+  history = [];
+  build();
+}
+watch(["width", "height"], resize);
 watch("value", show);
 show();

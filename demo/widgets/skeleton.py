@@ -29,11 +29,18 @@ def skeleton(height: int, width: int, **arguments: Any) -> gr.HTML:
         html_template=(FOLDER / "skeleton.html").read_text(encoding="utf-8"),
         js_on_load=(FOLDER / "skeleton.js").read_text(encoding="utf-8"),
         apply_default_css=False,
-        width=width,
-        height=height,
-        joints=list(COCO_18),
-        limbs=[list(limb) for limb in LIMBS],
-        colours=[f"rgb{hue}" for hue in HUES],
-        poses=poses(),
+        **skeleton_properties(height, width),
         **arguments,
     )
+
+
+def skeleton_properties(height: int, width: int) -> dict[str, Any]:
+    """All properties of a skeleton: an update must name every one, as those of a pad."""
+    return {
+        "width": width,
+        "height": height,
+        "joints": list(COCO_18),
+        "limbs": [list(limb) for limb in LIMBS],
+        "colours": [f"rgb{hue}" for hue in HUES],
+        "poses": poses(),
+    }

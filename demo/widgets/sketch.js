@@ -12,10 +12,15 @@ const canvas = element.querySelector("canvas");
 const inkRow = element.querySelector(".sw-inks");
 const context = canvas.getContext("2d");
 const SIDE = 512;
-const scale = SIDE / Math.max(props.width, props.height);
-canvas.width = Math.round(props.width * scale);
-canvas.height = Math.round(props.height * scale);
 let mode, ink, pen, erasing, strokes, cursor, down, picture;
+
+function cut() {
+  const scale = SIDE / Math.max(props.width, props.height);
+  const [width, height] = [props.width, props.height].map((side) => Math.round(side * scale));
+  if (canvas.width === width && canvas.height === height) return false;
+  [canvas.width, canvas.height] = [width, height];
+  return true;
+}
 
 function lay(target, paper, inkOf) {
   if (paper) {
@@ -52,14 +57,14 @@ function show() {
     context.clearRect(0, 0, canvas.width, canvas.height);
     if (picture) context.drawImage(picture, 0, 0, canvas.width, canvas.height);
     const veil = sheet();
-    lay(veil.getContext("2d"), null, () => "#e8613c");
+    lay(veil.getContext("2d"), null, () => "#14b8a6");
     context.globalAlpha = 0.6;
     context.drawImage(veil, 0, 0);
     context.globalAlpha = 1;
   } else lay(context, MODES[mode].paper, (colour) => colour);
   if (cursor && document.activeElement === canvas) {
     context.lineWidth = 2;
-    context.strokeStyle = down ? "#e8613c" : "#808080";
+    context.strokeStyle = down ? "#14b8a6" : "#808080";
     context.strokeRect(cursor[0] - 7, cursor[1] - 7, 14, 14);
   }
 }
@@ -170,9 +175,14 @@ function behind() {
   loading.src = props.backdrop;
 }
 watch("mode", () => start(props.mode));
+// a sheet of another shape begins again
+watch(["width", "height"], () => {
+  if (cut()) start(props.mode);
+});
 watch("backdrop", behind);
 watch("value", () => {
   if (!props.value) start(mode);
 });
+cut();
 start(props.mode);
 behind();

@@ -37,11 +37,12 @@ def bench(
     plain: Annotated[bool, typer.Option("--plain/--no-plain", help="Compare with a plain implementation too.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Number format of the networks.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure how long a picture takes here, and how much memory."""
     started = time.perf_counter()
-    pipe = load_pipeline(model, device, dtype)
+    pipe = load_pipeline(model, device, dtype, threads=threads)
     loaded = time.perf_counter() - started
     pipe.set_progress_bar_config(disable=True)
     report = {

@@ -17,7 +17,9 @@ KEY = "SCALEWEAVER_API_KEY"
 @one_line_errors
 def serve(
     model: Annotated[str, typer.Option("--model", "-m", help="toybox, a Hub id or a folder.")] = "toybox",
-    name: Annotated[str | None, typer.Option(help="What clients call the model; default: as in --model.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; default: as in --model, of a folder its own name.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: for other machines too.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
     api_key: Annotated[
@@ -25,15 +27,24 @@ def serve(
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Pictures drawn together; 1: one after the other.")] = 8,
     batch_wait: Annotated[float, typer.Option(min=0, help="Seconds that a lone picture waits for company.")] = 0.01,
-    queue: Annotated[int, typer.Option(min=1, help="Pictures that may wait; to more the answer is 429.")] = 64,
-    timeout: Annotated[float, typer.Option(help="Seconds until an answer; then it is 504.")] = 120.0,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Pictures accepted and not yet sent; to more the answer is 429.")
+    ] = 64,
+    timeout: Annotated[float, typer.Option(help="Seconds from request to answer; then it is 504.")] = 120.0,
     max_images: Annotated[int, typer.Option(min=1, help="Pictures of one request.")] = 10,
     max_body: Annotated[int, typer.Option(min=1, help="Megabytes of one request.")] = 16,
     max_pixels: Annotated[int, typer.Option(min=1, help="Millions of pixels of one control image.")] = 16,
     exact: Annotated[
         bool,
-        typer.Option("--exact/--no-exact", help="Same bits in any batch; in 16 bits that means one by one."),
+        typer.Option(
+            "--exact/--no-exact",
+            help="Same bits in any batch, as far as measured: in float32 on a CPU; elsewhere one by one.",
+        ),
     ] = True,
+    rounding: Annotated[
+        float | None,
+        typer.Option(help="How far a batch moves logits, from benchmarks/serve.py: draws exact batches anywhere."),
+    ] = None,
     quantize: Annotated[
         Literal["int8"] | None, typer.Option(help="Round the transformer's weights: half the memory.")
     ] = None,
@@ -54,7 +65,7 @@ def serve(
 
     # all that can be wrong without the weights is found before they load
     options = ServeOptions(
-        name=name or model,
+        name=name,
         max_batch=max_batch,
         batch_wait=batch_wait,
         queue=queue,
@@ -63,6 +74,7 @@ def serve(
         max_body=max_body * MEGABYTE,
         max_pixels=max_pixels * 1_000_000,
         exact=exact,
+        rounding=rounding,
         api_key=api_key if api_key is not None else os.environ.get(KEY),
     )
     listener = bind(host, port)

@@ -27,6 +27,7 @@ from scaleweaver.contracts import Route
 from scaleweaver.doctor import processor
 from scaleweaver.pipeline import VARControlPipeline
 from scaleweaver.schedule import ScaleStep
+from scaleweaver.threads import find_processors
 
 PACKAGES = ("scaleweaver", "torch", "transformers", "diffusers", "numpy")
 TOTAL = "total"
@@ -194,7 +195,7 @@ def machine(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
         except PackageNotFoundError:
             continue
     found: dict[str, Any] = {
-        "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "processor": processor(), "cores": find_processors().cores, "threads": torch.get_num_threads(),
         "system": platform.platform(), "device": str(device), "dtype": str(dtype).removeprefix("torch."),
         "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "versions": versions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
@@ -19,13 +20,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scaleweaver import __version__
 from scaleweaver.schedule import RATIOS, ScaleSchedule, infinity_schedule
-from scaleweaver.serve.errors import ApiError, client_gone, internal
+from scaleweaver.serve.errors import ApiError, client_gone, internal, not_json
 from scaleweaver.serve.service import Job, Service
 from scaleweaver.serve.wire import RequestFields
 
 logger = logging.getLogger(__name__)
 
 GENERATIONS = "/v1/images/generations"
+LAST_WORDS = 1.0  # seconds after the deadline in which a stream may still tell its error
 
 
 def create_app(service: Service) -> FastAPI:
@@ -37,7 +39,8 @@ def create_app(service: Service) -> FastAPI:
         yield
         service.close()
 
-    app = FastAPI(title="scaleweaver", version=__version__, lifespan=lifespan)
+    # the usual pages of documentation load scripts from elsewhere; /openapi.json is there
+    app = FastAPI(title="scaleweaver", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Observer, service=service)
     app.add_exception_handler(ApiError, _failed)
     app.add_exception_handler(HTTPException, _no_such_route)
@@ -47,11 +50,13 @@ def create_app(service: Service) -> FastAPI:
     async def generations(request: Request) -> Response:
         """Draw pictures from a prompt, with or without controls."""
         _authorise(request, service.options.api_key)
+        _check_type(request)
         service.check_open()
+        deadline = request.scope["started"] + service.options.timeout
         try:
-            order = await service.read(request)
+            order = await service.read(request, deadline)
             request.scope["fields"] |= {"images": len(order.pictures), "seed": order.pictures[0].seed}
-            job = service.accept(order)
+            job = service.accept(order, deadline)
             if order.stream:
                 return EventStream(job)
             try:
@@ -76,8 +81,8 @@ def create_app(service: Service) -> FastAPI:
     async def model(name: str, request: Request) -> dict[str, Any]:
         """The model of this name."""
         _authorise(request, service.options.api_key)
-        if name != service.options.name:
-            message = f"the model {name!r} is not served here; there is {service.options.name!r}"
+        if name != service.name:
+            message = f"the model {name!r} is not served here; there is {service.name!r}"
             raise ApiError(404, message, code="model_not_found", param="model")
         return _model(service)
 
@@ -86,7 +91,7 @@ def create_app(service: Service) -> FastAPI:
         """200 while requests are taken, 503 once the server stops."""
         ready = service.batcher.alive and not service.draining
         state = "ok" if ready else "stopping" if service.draining else "stopped"
-        facts = {"status": state, "model": service.options.name, "waiting": service.batcher.waiting}
+        facts = {"status": state, "model": service.name, "waiting": service.batcher.waiting}
         return JSONResponse(facts, 200 if ready else 503)
 
     @app.get("/metrics")
@@ -98,7 +103,10 @@ def create_app(service: Service) -> FastAPI:
 
 
 class EventStream(StreamingResponse):
-    """The events of a job, which is closed however the connection ends."""
+    """The events of a job, which is closed however the connection ends.
+
+    A client that does not read holds up what is sent to it: once the job's time is up, it is given up.
+    """
 
     def __init__(self, job: Job) -> None:
         super().__init__(job.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -109,6 +117,15 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._job.close()
+
+    async def stream_response(self, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            await asyncio.wait_for(send(message), self._job.left + LAST_WORDS)
+
+        try:
+            await super().stream_response(send_in_time)
+        except asyncio.TimeoutError:
+            logger.warning("a client does not read its stream, which is cut off")
 
 
 class Observer:
@@ -125,6 +142,7 @@ class Observer:
         name = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid4().hex
         fields: dict[str, Any] = {"request": name, "method": scope["method"], "path": scope["path"], "status": 499}
         scope["fields"] = fields
+        scope["started"] = started = time.monotonic()
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -133,7 +151,6 @@ class Observer:
             await send(message)
 
         work = scope["path"] == GENERATIONS and scope["method"] == "POST"
-        started = time.monotonic()
         self._service.active += work
         try:
             await self._app(scope, receive, send_named)
@@ -158,6 +175,12 @@ def _authorise(request: Request, key: str | None) -> None:
         raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
+def _check_type(request: Request) -> None:
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != "application/json":
+        raise not_json(given)
+
+
 def _model(service: Service) -> dict[str, Any]:
     config = service.pipe.config["schedule"]
     if "grids" in config:
@@ -165,7 +188,7 @@ def _model(service: Service) -> dict[str, Any]:
     else:
         plans = [infinity_schedule(ratio, config["budget"]) for ratio in RATIOS]
     return {
-        "id": service.options.name,
+        "id": service.name,
         "object": "model",
         "created": service.started_at,
         "owned_by": "scaleweaver",

@@ -8,26 +8,36 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from scaleweaver.serve.errors import closing, overloaded
+from scaleweaver.serve.errors import closing, queue_full
 from scaleweaver.serve.metrics import Metrics
 from scaleweaver.serve.orders import Failed, Picture
 
 logger = logging.getLogger(__name__)
+
+IDLE = 10.0  # seconds without work after which `rest` is called
 
 
 class Batcher:
     """Takes pictures from any thread and calls `draw` with batches from its own.
 
     The picture that has waited longest is always in the next batch; those with the same settings join it in the order
-    they came.
+    they came. A picture takes up room until it is released, drawn or not, since until then it is in memory.
     """
 
     def __init__(
-        self, draw: Callable[[Sequence[Picture]], None], metrics: Metrics, *, most: int, capacity: int, wait: float
+        self,
+        draw: Callable[[Sequence[Picture]], None],
+        metrics: Metrics,
+        *,
+        most: int,
+        capacity: int,
+        wait: float,
+        rest: Callable[[], None] = lambda: None,
     ) -> None:
-        self._draw, self._metrics = draw, metrics
+        self._draw, self._rest, self._metrics = draw, rest, metrics
         self._most, self._capacity, self._wait = most, capacity, wait
         self._waiting: list[Picture] = []
+        self._held = 0
         self._changed = threading.Condition()
         self._closing = False
         self._pace = 1.0  # seconds a picture, as the last batches had it
@@ -52,10 +62,15 @@ class Batcher:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def held(self) -> int:
+        """Pictures that were submitted and not yet released."""
+        return self._held
+
     def check_room(self, pictures: int = 1) -> None:
         """Raise the answer for a queue that has no room for so many more."""
-        if self.waiting + pictures > self._capacity:
-            raise overloaded(min(60, max(1, math.ceil(self.waiting * self._pace))))
+        if self._held + pictures > self._capacity:
+            raise queue_full(min(60, max(1, math.ceil(self.waiting * self._pace))))
 
     def submit(self, pictures: Sequence[Picture]) -> None:
         """All of an order's pictures, or none and an `ApiError`."""
@@ -63,14 +78,16 @@ class Batcher:
             if self._closing:
                 raise closing()
             self.check_room(len(pictures))
+            self._held += len(pictures)
             self._waiting += pictures
             self._changed.notify_all()
 
-    def cancel(self, pictures: Sequence[Picture]) -> None:
-        """Nobody waits for these any more: those that are not begun leave the queue."""
+    def release(self, pictures: Sequence[Picture]) -> None:
+        """Nobody waits for these submitted pictures any more: those that are not begun leave the queue."""
         with self._changed:
+            self._held -= len(pictures)
             for picture in pictures:
-                if not picture.over and not picture.cancelled:
+                if not picture.over:
                     picture.cancelled = True
                     self._metrics.cancelled.inc()
             self._waiting = [picture for picture in self._waiting if not picture.cancelled]
@@ -87,7 +104,8 @@ class Batcher:
         with self._changed:
             while self._waiting or not self._closing:
                 if not self._waiting:
-                    self._changed.wait()
+                    if not self._changed.wait(IDLE):
+                        self._rest()
                     continue
                 first = self._waiting[0]
                 batch = [picture for picture in self._waiting if picture.settings == first.settings][: self._most]

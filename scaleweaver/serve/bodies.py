@@ -8,14 +8,14 @@ from contextlib import asynccontextmanager
 
 from fastapi import Request
 
-from scaleweaver.serve.errors import ApiError, overloaded
+from scaleweaver.serve.errors import ApiError, bodies_full
 
 AT_ONCE = 8  # largest bodies that may be held at the same time
 SECONDS = 30.0  # for one body
 
 
 class Bodies:
-    """Reads bodies of up to `limit` bytes, and of eight times that together."""
+    """Receives bodies of up to `limit` bytes, and of eight times that together."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -44,7 +44,7 @@ class Bodies:
             if size > self._limit:
                 raise self._too_large()
             if self._held + len(part) > AT_ONCE * self._limit:
-                raise overloaded(1)
+                raise bodies_full()
             self._held += len(part)
             parts.append(part)
 

@@ -7,7 +7,6 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from scaleweaver.contracts import Control
 from scaleweaver.control_images import EncodedControl
@@ -15,6 +14,7 @@ from scaleweaver.metadata import write_settings
 from scaleweaver.sampling import BitwiseSampler
 from scaleweaver.serve.exact import Watch
 from scaleweaver.serve.metrics import Metrics
+from scaleweaver.serve.options import public_name
 from scaleweaver.serve.orders import ControlSettings, Drawn, Picture, Preview, Settings
 
 
@@ -25,22 +25,27 @@ class Abandoned(Exception):
 class Artist:
     """Draws pictures that share their settings; what becomes of them goes to their `send`."""
 
-    def __init__(self, pipe: Any, metrics: Metrics, exact: bool = True) -> None:
+    def __init__(self, pipe: Any, metrics: Metrics, *, name: str, rounding: float | None) -> None:
+        """name: of the model, in the settings of a picture. rounding: of `Watch`; None: batches as they come out."""
         self._pipe, self._metrics = pipe, metrics
-        self._exact = exact
+        self._name, self._rounding = name, rounding
         # of the present batch and the one before: a request's pictures may be spread over several
         self._before: dict[Any, EncodedControl] = {}
         self._encoded: dict[Any, EncodedControl] = {}
 
     def draw(self, pictures: Sequence[Picture]) -> None:
-        """All at once; with `exact`, those whose bits might depend on the batch once more alone."""
-        watch = self._watch(pictures[0].settings) if self._exact and len(pictures) > 1 else None
+        """All at once; those that are doubtful to a watch once more alone."""
+        watch = self._watch(pictures[0].settings) if len(pictures) > 1 else None
         self._before, self._encoded = self._encoded, {}
         self._draw(pictures, watch)
         for picture in pictures:
             if not picture.over and not picture.cancelled:
                 self._metrics.redrawn.inc()
                 self._draw([picture], None)
+
+    def forget(self) -> None:
+        """Let go of the controls that are kept for the next batch."""
+        self._before, self._encoded = {}, {}
 
     def _draw(self, pictures: Sequence[Picture], watch: Watch | None) -> None:
         """One call of the pipeline, given up at the next scale when nobody waits for any of the pictures."""
@@ -76,18 +81,19 @@ class Artist:
         doubtful = watch.doubtful if watch else ()
         for row, picture in enumerate(pictures):
             if row not in doubtful:
-                image = out.images[row] if watch is None else _as_if_alone(out.images[row], out.settings[row], watch)
+                image = write_settings(out.images[row], self._as_if_alone(out.settings[row], watch))
                 self._metrics.images.inc()
                 picture.finish(Drawn(picture.index, image, self._tokens(picture)))
 
-    def _watch(self, settings: Settings) -> Watch:
-        """The sampler that the pipeline would make, on the watch."""
+    def _watch(self, settings: Settings) -> Watch | None:
+        """The sampler that the pipeline would make, on the watch; None where nobody asked for one."""
+        if self._rounding is None:
+            return None
         config = self._pipe.config
         given = (getattr(settings, name) for name in ("temperature", "top_k", "top_p"))
         own = (config[name] for name in ("temperature", "top_k", "top_p"))
-        return Watch(
-            BitwiseSampler(*(mine if value is None else value for value, mine in zip(given, own, strict=True)))
-        )
+        numbers = (mine if value is None else value for value, mine in zip(given, own, strict=True))
+        return Watch(BitwiseSampler(*numbers), self._rounding)
 
     def _controls(self, pictures: Sequence[Picture]) -> list[Control]:
         made = []
@@ -125,13 +131,17 @@ class Artist:
         texts = [picture.prompt] + ([] if picture.negative_prompt is None else [picture.negative_prompt])
         return sum(len(self._pipe.tokenizer(text, verbose=False)["input_ids"]) for text in texts)
 
-
-def _as_if_alone(image: Image.Image, settings: dict[str, Any], watch: Watch) -> Image.Image:
-    """The picture with the settings of a plain call, which has numbers where this one had a sampler."""
-    sampler = watch.sampler
-    temperature = np.asarray(sampler.temperature, dtype=np.float64).tolist()
-    numbers = {"temperature": temperature, "top_k": sampler.top_k, "top_p": float(sampler.top_p)}
-    plain: dict[str, Any] = {}
-    for name, value in settings.items():
-        plain |= numbers if name == "sampler" else {name: value}
-    return write_settings(image, plain)
+    def _as_if_alone(self, settings: dict[str, Any], watch: Watch | None) -> dict[str, Any]:
+        """Settings of a plain call, which has numbers where a watch was the sampler; no places on this machine."""
+        numbers = {}
+        if watch is not None:
+            sampler = watch.sampler
+            temperature = np.asarray(sampler.temperature, dtype=np.float64).tolist()
+            numbers = {"temperature": temperature, "top_k": sampler.top_k, "top_p": float(sampler.top_p)}
+        plain: dict[str, Any] = {"model": self._name}
+        for name, value in settings.items():
+            if name == "loras":
+                plain[name] = [{**lora, "source": public_name(lora["source"])} for lora in value]
+            elif name != "model":
+                plain |= numbers if name == "sampler" else {name: value}
+        return plain

@@ -43,14 +43,24 @@ def client_gone() -> ApiError:
     return ApiError(499, "the client has closed the connection", code="client_closed")
 
 
-def overloaded(seconds: int) -> ApiError:
-    """No room in the queue."""
-    return ApiError(
-        429,
-        f"the queue is full; try again in {seconds} s",
-        code="queue_full",
-        headers={"Retry-After": str(seconds)},
-    )
+def queue_full(seconds: int) -> ApiError:
+    """As many pictures are accepted as may be."""
+    return _busy("the queue is full", "queue_full", seconds)
+
+
+def bodies_full() -> ApiError:
+    """Bodies of other requests take all the memory that bodies may have."""
+    return _busy("too many large requests come in at once", "bodies_full", 1)
+
+
+def _busy(what: str, code: str, seconds: int) -> ApiError:
+    return ApiError(429, f"{what}; try again in {seconds} s", code=code, headers={"Retry-After": str(seconds)})
+
+
+def not_json(given: str) -> ApiError:
+    """A page of another site can make a browser send other types without asking, but not this one."""
+    message = f"Content-Type is {given!r}; send the body as application/json"
+    return ApiError(415, message, code="unsupported_media_type")
 
 
 def closing() -> ApiError:

@@ -40,11 +40,13 @@ class Metrics:
             "scaleweaver_draw_seconds", "Time of one pipeline call.", buckets=SECONDS, registry=registry
         )
         self.waiting = Gauge("scaleweaver_queue_images", "Pictures that wait to be drawn.", registry=registry)
+        self.held = Gauge("scaleweaver_held_images", "Pictures that were accepted and not yet sent.", registry=registry)
         self.active = Gauge("scaleweaver_active_requests", "Requests that are being worked on.", registry=registry)
 
-    def follow(self, waiting: Callable[[], int], active: Callable[[], int]) -> None:
+    def follow(self, waiting: Callable[[], int], held: Callable[[], int], active: Callable[[], int]) -> None:
         """Where the gauges look when they are read."""
         self.waiting.set_function(waiting)
+        self.held.set_function(held)
         self.active.set_function(active)
 
     def text(self) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import math
 import socket
 import threading
 import time
@@ -13,6 +15,7 @@ from types import FrameType
 from typing import Any, Literal
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from scaleweaver.serve.app import create_app
 from scaleweaver.serve.options import ServeOptions
@@ -42,10 +45,12 @@ def serve(pipe: Any, options: ServeOptions, listener: socket.socket) -> None:
     service = Service(pipe, options)
     if service.alone and options.max_batch > 1:
         logger.warning(
-            "drawing one by one: in %s a batch could change bits of a picture; pass --dtype float32, or --no-exact",
+            "drawing one by one: how far a batch moves logits on %s in %s was not measured; pass --dtype float32 on"
+            " a CPU, --rounding with what benchmarks/serve.py finds, or --no-exact",
+            pipe._execution_device.type,
             str(pipe.transformer.dtype).removeprefix("torch."),
         )
-    _server(service).run(sockets=[listener])
+    Server(service).run(sockets=[listener])
     logger.info("stopped")
 
 
@@ -53,7 +58,7 @@ def serve(pipe: Any, options: ServeOptions, listener: socket.socket) -> None:
 def running(pipe: Any, options: ServeOptions | None = None, *, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """A server in a thread of this process for as long as the block; gives its address, http://HOST:PORT."""
     listener = bind(host, port)
-    server = _server(Service(pipe, options or ServeOptions()))
+    server = Server(Service(pipe, options or ServeOptions()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="scaleweaver-serve")
     url = _url(listener)
     thread.start()
@@ -64,37 +69,82 @@ def running(pipe: Any, options: ServeOptions | None = None, *, host: str = "127.
             raise RuntimeError("the server did not start; its log says why")
         yield url
     finally:
-        server.service.draining = server.ending = True
+        server.end()
         thread.join()
 
 
 class Server(uvicorn.Server):
-    """A server that, told to end, answers 503 to new work until all that was accepted is done."""
+    """A server that, told to end, answers 503 to new work until all that was accepted is done; told again, it ends."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
+    def __init__(self, service: Service) -> None:
+        patience = service.options.timeout
+        super().__init__(
+            uvicorn.Config(
+                create_app(service),
+                http=_connection(patience),
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=math.ceil(patience),
+            )
+        )
         self.service = service
         self.ending = False
+
+    def end(self) -> None:
+        """Take no new work, and stop once there is none left."""
+        self.service.draining = self.ending = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         urls = [_url(listener) for listener in sockets or []]
-        logger.info("listening", extra={"fields": {"url": ",".join(urls), "model": self.service.options.name}})
+        logger.info("listening", extra={"fields": {"url": ",".join(urls), "model": self.service.name}})
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.ending:
             super().handle_exit(sig, frame)
-        self.service.draining = self.ending = True
+            self.force_exit = True
+        self.end()
 
     async def on_tick(self, counter: int) -> bool:
         if self.ending and self.service.active == 0:
             self.should_exit = True
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ended = asyncio.ensure_future(super().shutdown(sockets))
+        while not ended.done() and not self.force_exit:
+            await asyncio.wait({ended}, timeout=0.1)
+        # what nobody has read by now is dropped
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await ended
 
-def _server(service: Service) -> Server:
-    config = uvicorn.Config(create_app(service), log_config=None, access_log=False, lifespan="on", ws="none")
-    return Server(config, service)
+
+def _connection(patience: float) -> type[H11Protocol]:
+    """HTTP on connections that are cut off when a client leaves an answer unread for so many seconds."""
+
+    class Connection(H11Protocol):
+        _cut: asyncio.TimerHandle | None = None
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._cut = self.loop.call_later(patience, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._keep()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._keep()
+
+        def _keep(self) -> None:
+            if self._cut is not None:
+                self._cut.cancel()
+
+    return Connection
 
 
 def _url(listener: socket.socket) -> str:
@@ -127,5 +177,12 @@ class Lines(logging.Formatter):
             known = {"time": stamp, "level": record.levelname.lower(), "message": record.getMessage()}
             return json.dumps({**known, **fields}, default=str)
         trace = fields.pop("trace", None)
-        words = [stamp, record.levelname.lower(), record.getMessage(), *(f"{k}={v}" for k, v in fields.items())]
+        named = (f"{name}={_word(value)}" for name, value in fields.items())
+        words = [stamp, record.levelname.lower(), record.getMessage(), *named]
         return " ".join(words) + (f"\n{trace}" if trace else "")
+
+
+def _word(value: Any) -> str:
+    """A value as one word of a line: a path out of a request must not begin another line, or another field."""
+    text = str(value)
+    return text if text.isascii() and text.isprintable() and " " not in text else json.dumps(text)

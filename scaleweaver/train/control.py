@@ -387,7 +387,7 @@ class ControlRecipe:
             self.pipe.save_pretrained(folder)
             return
         for name, adapter in self.pipe.controls.items():
-            save_control(folder / name, self.pipe.transformer, adapter, name)
+            save_control(folder / name, self.pipe.transformer, adapter, name, base=self.pipe.name_or_path or None)
 
 
 def _caches_text(options: Mapping[str, Any], photos: bool, whole: bool) -> bool:

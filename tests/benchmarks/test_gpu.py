@@ -64,7 +64,13 @@ def test_every_part_runs(scripts: dict[str, ModuleType], report: dict[str, Any])
 def test_pictures_are_timed_by_stage_and_held_against_a_floor(report: dict[str, Any]) -> None:
     cases, floors = report["pictures"]["cases"], report["pictures"]["floors"]
     kinds = {(case["side"], case["batch"], case["controls"], case["encoding"]) for case in cases}
-    assert {("24", 1, 0, "none"), ("24", 1, 2, "fresh"), ("16", 1, 1, "reused"), ("24", 2, 1, "fresh")} <= kinds
+    assert {
+        ("24", 1, 0, "none"),
+        ("24", 1, 2, "fresh"),
+        ("16", 1, 1, "reused"),
+        ("24", 2, 1, "fresh"),
+        ("24", 2, 2, "reused"),
+    } <= kinds
     for case in cases:
         names = ["text encoder", "encoding controls", "conditions and scale 0", "scale 1"]
         assert list(case["stages_ms"])[:4] == names and list(case["stages_ms"])[-1] == "decoder"
@@ -133,7 +139,7 @@ def test_a_part_that_fails_leaves_its_error_and_the_rest_goes_on(
     scripts["gpu"].main([*run, "ceilings", "pointwise", "checks"])
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert report["ceilings"]["error"] == "SystemExit: a library gave up"
-    assert "KeyError" in report["pointwise"]["error"]  # it needs the ceiling
+    assert "copy_gb_per_s is not known, ceilings gave" in report["pointwise"]["error"]
     assert len(report["checks"]) == 4 and "a library gave up" in (tmp_path / "gpu.md").read_text()
 
     # a process that takes over adds to the report
@@ -143,6 +149,15 @@ def test_a_part_that_fails_leaves_its_error_and_the_rest_goes_on(
     after = json.loads((tmp_path / "gpu.json").read_text())
     assert after["ceilings"]["copy_gb_per_s"] > 0 and after["checks"] == report["checks"]
     assert set(after["seconds"]) == {"ceilings", "pointwise", "checks"}
+
+
+def test_a_part_brings_the_ceilings_that_it_needs(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    scripts["gpu"].main(["--device", "cpu", "--tiny", "--out", str(tmp_path), "--parts", "pointwise"])
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(report["seconds"]) == ["ceilings", "pointwise"] and not errors(report)
+    chosen = scripts["gpu"].chosen
+    assert chosen(["checks"], {}) == ["checks"] and chosen(["pictures"], {"ceilings": {}}) == ["pictures"]
+    assert chosen(["checks", "pictures", "ceilings"], {}) == ["ceilings", "checks", "pictures"]
 
 
 def test_when_the_minutes_are_used_up_the_rest_is_skipped(scripts: dict[str, ModuleType], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from tiny_pipeline import PROMPT, tiny_pipeline
 from typer.testing import CliRunner
@@ -55,6 +56,15 @@ def test_table(model: Path) -> None:
 def test_without_control(model: Path) -> None:
     report = json.loads(call(model, "--control", "none", "--no-plain", "--json").stdout)
     assert list(report["pictures"]) == ["without control"]
+
+
+def test_threads(model: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        report = json.loads(call(model, "--control", "none", "--no-plain", "--json", "--threads", before + 1).stdout)
+    finally:
+        torch.set_num_threads(before)
+    assert report["machine"]["threads"] == before + 1
 
 
 def test_unknown_control(model: Path) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import Result
+from huggingface_hub import ModelCard
 from PIL import Image
 from tiny_pipeline import tiny_pipeline
 from typer.testing import CliRunner
 
+from scaleweaver.cards import Card, write_card
 from scaleweaver.cli import app
 from scaleweaver.controls.estimator import ToyboxEstimator
 from scaleweaver.evaluate.attributes import AttributeJudge
@@ -43,6 +46,13 @@ def call(folder: Path, command: str, *arguments: Any) -> Result:
     return CliRunner().invoke(app, ["evaluate", command, *map(str, options)])
 
 
+def on_a_card(folder: Path, out: Path) -> ModelCard:
+    """The card of the tiny model with what was measured of it."""
+    shutil.copytree(folder / "model", out / "model")
+    write_card(out / "model", Card(measured=[out]), name="you/tiny")
+    return ModelCard.load(out / "model/README.md")
+
+
 def refused(result: Result) -> str:
     assert result.exit_code == 1, result.output
     (line,) = result.stderr.splitlines()
@@ -65,6 +75,13 @@ def test_control(folder: Path, tmp_path: Path, kind: str, column: str) -> None:
     assert {"results.json", "results.md", "report.html", "settings.json"} <= {path.name for path in tmp_path.iterdir()}
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["settings"]["kind"] == kind and list(found["rows"]) == ["strength 1", "no control", "true pictures"]
+    card = on_a_card(folder, tmp_path)
+    assert f"| {column} |" in card.text and "2 prompts of toybox test" in card.text
+    first = found["rows"]["strength 1"]
+    digits = {each["name"]: each["digits"] for each in found["columns"] if first.get(each["name"]) is not None}
+    assert {each.metric_type: each.metric_value for each in card.data.eval_results} == {
+        name: round(first[name], many) for name, many in digits.items()
+    }
     again = call(folder, "control", *more, "--seed", 3)
     assert "made with other settings (seed 0 -> 3)" in refused(again)
 
@@ -86,6 +103,9 @@ def test_quality(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "FD-judge" in result.stdout and "| prompts and canny | 2 |" in result.stdout
     assert "<title>Picture quality</title>" in (tmp_path / "report.html").read_text()
+    card = on_a_card(folder, tmp_path)
+    assert "| prompts and canny | 2 |" in card.text
+    assert {each.task_name for each in card.data.eval_results} == {"Text to image, quality, prompts"}
 
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:

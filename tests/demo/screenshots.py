@@ -27,6 +27,7 @@ def generate(page: Any) -> None:
     page.click("#draw")
     page.wait_for_selector(DRAWN)
     page.evaluate("scrollTo(0, 0); document.activeElement.blur()")
+    page.mouse.move(0, 0)  # off the button
 
 
 def inspect(page: Any) -> None:

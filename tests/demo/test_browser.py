@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_pipeline import tiny_pipeline
 
 from scaleweaver.controls.openpose import from_json
 from scaleweaver.demo.encoded import decode
+from scaleweaver.demo.page import launch
+from scaleweaver.demo.studio import Studio
 from scaleweaver.metadata import read_settings
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "demo" / "examples"
@@ -24,10 +27,9 @@ PICTURE, FACTS = "#pictures img", "#facts dd:has-text('MiB')"
 class Visit:
     """A page that is open, with what went wrong in it."""
 
-    def __init__(self, browser: Any, address: str, **options: Any) -> None:
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-        self.context.set_default_timeout(SECONDS)
-        self.page = self.context.new_page()
+    def __init__(self, context: Any, address: str) -> None:
+        self.context, self.address = context, address
+        self.page = context.new_page()
         self.problems: list[str] = []
         self.asked: list[str] = []
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
@@ -37,6 +39,14 @@ class Visit:
         self.page.wait_for_selector("#draw")
         self.slot = self.page.locator(".sw-slot").first
         self.wait_for_map()
+
+    def leave(self) -> None:
+        """Close it; nothing broke in it, and no other site was asked."""
+        self.page.close()
+        assert not self.problems
+        assert any(url.endswith(".js") for url in self.asked)  # it did ask for what it is made of
+        strangers = [url for url in self.asked if not url.startswith((self.address, "data:", "blob:"))]
+        assert not strangers
 
     def picture(self, selector: str) -> Any:
         """(H, W, 3) of what a picture of the page shows."""
@@ -71,12 +81,26 @@ def remove(where: Any) -> None:
     where.get_by_label("Remove Image").or_(where.get_by_label("Clear")).first.click()
 
 
+def context_of(browser: Any, **options: Any) -> Any:
+    made = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+    made.set_default_timeout(SECONDS)
+    return made
+
+
 @pytest.fixture(scope="module")
-def visit(browser: Any, address: str) -> Iterator[Visit]:
-    """One visitor, who goes on where the last test stopped."""
-    opened = Visit(browser, address)
+def desk(browser: Any) -> Iterator[Any]:
+    """A browser's window, which keeps what the page is made of for the next visit."""
+    opened = context_of(browser)
     yield opened
-    opened.context.close()
+    opened.close()
+
+
+@pytest.fixture
+def visit(desk: Any, address: str) -> Iterator[Visit]:
+    """A visitor of the fresh page, once a test: tests may run in any order, in several processes."""
+    opened = Visit(desk, address)
+    yield opened
+    opened.leave()
 
 
 def test_the_first_picture_is_one_press_away(visit: Visit, toybox: Any) -> None:
@@ -98,7 +122,7 @@ def test_the_first_picture_is_one_press_away(visit: Visit, toybox: Any) -> None:
 
 
 def test_other_words_draw_another_picture(visit: Visit) -> None:
-    before = visit.picture(PICTURE)
+    before = visit.draw()
     visit.page.fill("#prompt textarea", "a large blue rocket on snow at night")
     after = visit.draw()
     assert after[:40].mean() < before[:40].mean() - 40  # the sky of a night
@@ -113,9 +137,11 @@ def test_an_example_brings_words_and_control(visit: Visit) -> None:
 
 
 def test_a_joint_moves_by_mouse_and_by_keys(visit: Visit, tmp_path: Path) -> None:
+    edges = visit.map()
     visit.slot.get_by_role("tab", name="Skeleton").click()
+    waving = visit.map(other_than=edges)
     visit.slot.locator("select").select_option("standing")
-    standing = visit.map(other_than=visit.map())
+    standing = visit.map(other_than=waving)
     wrist = visit.slot.locator('circle[data-joint="4"]')
     box = wrist.bounding_box()
     visit.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
@@ -137,6 +163,7 @@ def test_a_joint_moves_by_mouse_and_by_keys(visit: Visit, tmp_path: Path) -> Non
 
 
 def test_a_sketch_becomes_the_map(visit: Visit) -> None:
+    before = visit.map()
     visit.slot.get_by_role("tab", name="Sketch").click()
     canvas = visit.slot.locator("canvas.sw-board:visible").first
     canvas.scroll_into_view_if_needed()
@@ -148,7 +175,7 @@ def test_a_sketch_becomes_the_map(visit: Visit) -> None:
         visit.page.mouse.move(*at(*corner), steps=3)
     visit.page.mouse.up()
     for _ in range(SECONDS // 100):
-        levels = visit.map()
+        levels = visit.map(other_than=before)
         if levels[100:104, 50:80].max() == 255:
             break
         visit.page.wait_for_timeout(100)
@@ -217,27 +244,95 @@ def test_a_picture_tells_its_settings_and_its_scales(visit: Visit, toybox: Any, 
     page.get_by_text("carries no settings").first.wait_for()
 
 
-def test_nothing_broke_and_no_other_site_was_asked(visit: Visit, address: str) -> None:
-    assert not visit.problems
-    strangers = [url for url in visit.asked if not url.startswith((address, "data:", "blob:"))]
-    assert not strangers
-
-
 def test_a_phone_scrolls_down_and_never_sideways(browser: Any, address: str) -> None:
-    phone = Visit(browser, address, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    window = context_of(browser, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    phone = Visit(window, address)
     phone.draw()
     phone.page.wait_for_function("document.querySelector('#pictures').getBoundingClientRect().top < innerHeight / 2")
     for tab in ("Generate", "Compare", "Inspect"):
         phone.page.get_by_role("tab", name=tab).click()
         assert phone.page.evaluate("document.documentElement.scrollWidth") == 390
-    phone.context.close()
+    phone.leave()
+    window.close()
 
 
 def test_dark_follows_the_visitor_and_the_button(browser: Any, address: str) -> None:
-    night = Visit(browser, address, color_scheme="dark")
+    window = context_of(browser, color_scheme="dark")
+    night = Visit(window, address)
     channels = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).slice(0, 3)"
     ground = f"{channels}.map(Number).reduce((a, b) => a + b)"
     assert night.page.evaluate(ground) < 120
     night.page.get_by_role("button", name="Light / dark").click()
     night.page.wait_for_function(f"{ground} > 600")
-    night.context.close()
+    night.leave()
+    window.close()
+
+
+# text whose contrast to what lies below it is under that of WCAG's AA; text on pictures is left out
+FAINT = r"""() => {
+  const numbers = (colour) => colour.match(/[0-9.]+/g).map(Number);
+  const linear = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+  const light = (colour) => colour.map((c) => linear(c / 255))
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const faint = [];
+  let seen = 0;
+  for (const element of document.querySelectorAll(".gradio-container *")) {
+    const text = [...element.childNodes].filter((node) => node.nodeType === 3).map((node) => node.data.trim()).join("");
+    const shown = element.checkVisibility({ opacityProperty: true, visibilityProperty: true });
+    if (!shown || !/[\p{L}\p{N}]/u.test(text)) continue;
+    let ground = null, opacity = 1, pictured = false;
+    for (let node = element; node && !ground; node = node.parentElement) {
+      const style = getComputedStyle(node);
+      const [r, g, b, alpha = 1] = numbers(style.backgroundColor);
+      pictured ||= style.backgroundImage !== "none";
+      opacity *= Number(style.opacity);
+      if (alpha > 0.5) ground = [r, g, b];
+    }
+    if (pictured || !ground) continue;
+    const style = getComputedStyle(element);
+    const [r, g, b, alpha = 1] = numbers(style.color);
+    const ink = [r, g, b].map((c, i) => c * alpha * opacity + ground[i] * (1 - alpha * opacity));
+    const [high, low] = [light(ink), light(ground)].sort((one, other) => other - one);
+    const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
+    seen += 1;
+    const contrast = (high + 0.05) / (low + 0.05);
+    if (contrast < (large ? 3 : 4.5)) faint.push(`${text.slice(0, 40)}: ${contrast.toFixed(2)}`);
+  }
+  return { seen, faint };
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read(browser: Any, address: str, scheme: str) -> None:
+    window = context_of(browser, color_scheme=scheme, reduced_motion="reduce")
+    visitor = Visit(window, address)
+    visitor.draw()
+    for tab in ("Generate", "Compare", "Inspect"):
+        visitor.page.get_by_role("tab", name=tab).click()
+        visitor.page.wait_for_timeout(300)
+        found = visitor.page.evaluate(FAINT)
+        assert found["seen"] > 15 and not found["faint"]
+    visitor.leave()
+    window.close()
+
+
+def test_another_size_changes_the_map_and_the_sheets(desk: Any, address: str) -> None:
+    studio = Studio(tiny_pipeline("canny", "pose", schedule={"family": "infinity", "budget": "0.06M"}))
+    name, (height, width) = next(each for each in studio.sizes.items() if each[1][1] == 2 * each[1][0])
+    opened = launch(studio, prevent_thread_lock=True, quiet=True)
+    visitor = Visit(desk, opened.local_url)
+    before = visitor.map()
+    visitor.page.get_by_text("More settings").click()
+    visitor.page.get_by_label("Size", exact=True).click()
+    visitor.page.get_by_role("option", name=name, exact=True).click()
+    assert before.shape == (256, 256, 3) and visitor.map(other_than=before).shape == (height, width, 3)
+    visitor.slot.get_by_role("tab", name="Skeleton").click()
+    board = visitor.slot.locator("svg.sw-board:visible")
+    board.wait_for()
+    assert board.get_attribute("viewBox") == f"0 0 {width} {height}"
+    visitor.slot.get_by_role("tab", name="Sketch").click()
+    canvas = visitor.slot.locator("canvas.sw-board:visible").first
+    canvas.wait_for()
+    assert canvas.evaluate("(canvas) => canvas.width / canvas.height") == 2
+    visitor.leave()
+    opened.close(verbose=False)

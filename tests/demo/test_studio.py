@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +18,14 @@ from PIL import Image
 from tiny_pipeline import edges, tiny_pipeline
 
 from scaleweaver.contracts import Control
-from scaleweaver.control_maps import map_of_photo
+from scaleweaver.control_maps import detector_of, map_of_photo
 from scaleweaver.controls.openpose import from_json
 from scaleweaver.demo.control_slot import examples
 from scaleweaver.demo.drawing import Drawn, Wish
 from scaleweaver.demo.encoded import data_url, decode
 from scaleweaver.demo.studio import Limits, Studio
+from scaleweaver.demo.widgets.skeleton import poses
+from scaleweaver.pipeline import VARControlPipeline
 
 WISH = Wish("a red cube on grass", seed=1)
 
@@ -38,6 +42,7 @@ def tiny() -> Studio:
         ({"prompt": "x" * 31}, "31 characters; write at most 30"),
         ({"count": 3}, "3 pictures were asked for; ask for 1 to 2"),
         ({"controls": (Control("canny", edges()),) * 2}, "2 controls were given; use at most 1"),
+        ({"options": {"negative_prompt": "x" * 31}}, "negative prompt has 31 characters; write at most 30"),
     ],
 )
 def test_limits(tiny: Studio, change: dict[str, Any], words: str) -> None:
@@ -50,11 +55,14 @@ def test_uploads_are_looked_at_before_they_are_decoded(tiny: Studio, tmp_path: P
     large, broken = tmp_path / "large.png", tmp_path / "broken.png"
     Image.new("1", (1100, 1000)).save(large)
     Image.effect_noise((200, 200), 90).save(broken)
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.tiff")
     broken.write_bytes(broken.read_bytes()[:9000])
     with pytest.raises(ValueError, match="1100x1000, more than 1 million pixels"):
         tiny.upload(str(large))
     with pytest.raises(ValueError, match="no picture that can be read"):
         tiny.upload(str(broken))
+    with pytest.raises(ValueError, match="pass a PNG, JPEG or WebP"):
+        tiny.upload(str(tmp_path / "other.tiff"))
     with pytest.raises(ValueError, match="there is no photo yet"):
         tiny.upload(None, "photo")
 
@@ -75,6 +83,8 @@ def test_only_what_the_model_draws_is_offered(tiny: Studio) -> None:
     ratios = Studio(tiny_pipeline(schedule={"family": "infinity", "budget": "0.25M"})).sizes
     assert ratios["512 x 512"] == (512, 512) and ratios["256 x 256"] == (256, 256)
     assert len(ratios) == 30 and (1024, 1024) not in ratios.values()
+    with pytest.raises(ValueError, match="'640 x 480' is no size of this model"):
+        tiny.size("640 x 480")
 
 
 def test_maps_are_those_of_the_training(studio: Studio) -> None:
@@ -97,6 +107,50 @@ def test_poses_are_found_and_drawn(studio: Studio) -> None:
         studio.find_pose("pose", Image.new("RGB", (128, 128), "white"))
     with pytest.raises(ValueError, match="canny reads no poses"):
         studio.find_pose("canny", Image.new("RGB", (128, 128)))
+
+
+def test_a_pose_is_text_and_never_the_name_of_a_file(studio: Studio, tmp_path: Path) -> None:
+    record = json.dumps(poses()["standing"])
+    (tmp_path / "pose.json").write_text(record)
+    assert studio.skeletons("pose", record).size == (128, 128)
+    people = [poses()["standing"]["people"][0]]
+    assert studio.skeletons("pose", json.dumps({**poses()["standing"], "people": people * 20})).size == (128, 128)
+    for value, words in (
+        ("/etc/hostname", "is not JSON"),
+        (str(tmp_path / "pose.json"), "is not JSON"),
+        (json.dumps(str(tmp_path / "pose.json")), "is a str; pass one object"),
+        (json.dumps([str(tmp_path / "pose.json")]), "is a list; pass one object"),
+        ({"people": []}, "no text of at most 1,000,000"),
+        (record + " " * 1_000_000, "no text of at most 1,000,000"),
+        ("[" * 100_000, "is not JSON"),
+        (json.dumps({"people": people * 21}), "has 21 people; keep at most 20"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            studio.skeletons("pose", value)  # type: ignore[arg-type]
+
+
+def test_a_detector_is_made_once_for_all(toybox: VARControlPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    both = threading.Barrier(2, timeout=20)
+
+    def slowly(config: Any) -> Any:
+        made.append(config.kind)
+        time.sleep(0.2)  # the other one comes meanwhile
+        return detector_of(config)
+
+    monkeypatch.setattr("scaleweaver.demo.studio.detector_of", slowly)
+    studio, photo = Studio(toybox), Image.new("RGB", (128, 128), "red")
+
+    def visit() -> None:
+        both.wait()
+        studio.map_of("depth", photo)
+
+    visitors = [threading.Thread(target=visit) for _ in range(2)]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join(60)
+    assert made == ["depth"]
 
 
 def test_a_drawing_borrows_a_gpu_where_a_space_lends_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from scaleweaver.kernels import interval_attention
 from scaleweaver.kernels.dispatch import use_kernels
-from scaleweaver.kernels.measured import Timing, kernel_is_faster, load, record, use_timings
+from scaleweaver.kernels.measured import SHIPPED, Timing, kernel_is_faster, load, record, use_timings
 
 HERE = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,10 +32,15 @@ def chosen(timings: list[Timing], queries: int, keys: int, dtype: torch.dtype = 
         return kernel_is_faster(q.to(dtype), k.to(dtype))
 
 
-def test_what_is_shipped_is_of_gpus():
-    assert all(timing.capability >= (8, 0) for timing in load())
+def test_what_is_shipped_is_of_gpus_and_leaves_a_cpu_alone():
+    shipped = load()
+    assert len({timing.shape for timing in shipped}) == len(json.loads(SHIPPED.read_text()))
+    assert all(timing.capability >= (8, 0) for timing in shipped)
     q, k, _ = (x.cpu() for x in draw(9, 20))
-    assert not kernel_is_faster(q, k)
+    with use_timings([*shipped, replace(FAST, capability=(8, 0))]):
+        assert not kernel_is_faster(q, k)
+    with use_timings([*shipped, replace(FAST, capability=(0, 0))]):  # as if a CPU had been timed
+        assert kernel_is_faster(q, k)
 
 
 def test_the_nearest_timing_decides():

@@ -5,7 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import weakref
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +22,13 @@ from scaleweaver.contracts import Control
 from scaleweaver.controls import canny
 from scaleweaver.metadata import read_settings
 from scaleweaver.pipeline import VARControlPipeline
-from scaleweaver.serve.options import ServeOptions
+from scaleweaver.serve import reading
+from scaleweaver.serve.errors import ApiError
+from scaleweaver.serve.options import ServeOptions, public_name
+from scaleweaver.serve.reading import Reader
 from scaleweaver.serve.server import running
+
+same = partial(assert_same, model="tiny")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +52,7 @@ def test_pictures_are_those_of_the_pipeline(api: OpenAI, pipe: VARControlPipelin
     assert answer.data is not None and answer.usage is not None
     for number, one in enumerate(answer.data):
         assert one.seed == 5 + number  # type: ignore[attr-defined]
-        assert_same(one.b64_json, pipe(PROMPT, seed=5 + number).images[0])
+        same(one.b64_json, pipe(PROMPT, seed=5 + number).images[0])
     assert (answer.size, answer.output_format, answer.background) == ("32x32", "png", "opaque")
     words = len(PROMPT.split()) + 1  # and the end of the text
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (3 * words, 3 * 30)
@@ -59,10 +68,10 @@ def test_every_setting_of_a_call_arrives(api: OpenAI, pipe: VARControlPipeline) 
     }
     answer = api.images.generate(prompt=PROMPT, size="32x32", extra_body={**settings, "seed": 3})
     assert answer.data is not None
-    assert_same(answer.data[0].b64_json, pipe(PROMPT, seed=3, **settings).images[0])  # type: ignore[arg-type]
+    same(answer.data[0].b64_json, pipe(PROMPT, seed=3, **settings).images[0])  # type: ignore[arg-type]
     inside = api.images.generate(prompt=PROMPT, extra_body={"guidance_layer": -2, "seed": 3})
     assert inside.data is not None
-    assert_same(inside.data[0].b64_json, pipe(PROMPT, seed=3, guidance_layer=-2).images[0])
+    same(inside.data[0].b64_json, pipe(PROMPT, seed=3, guidance_layer=-2).images[0])
 
 
 def test_controls_arrive_with_strength_window_mask_and_guidance(api: OpenAI, pipe: VARControlPipeline) -> None:
@@ -86,7 +95,7 @@ def test_controls_arrive_with_strength_window_mask_and_guidance(api: OpenAI, pip
     answer = api.images.generate(prompt=PROMPT, n=2, extra_body={"seed": 4, "controls": fields})
     assert answer.data is not None
     for number, one in enumerate(answer.data):
-        assert_same(one.b64_json, pipe(PROMPT, seed=4 + number, control=controls).images[0])
+        same(one.b64_json, pipe(PROMPT, seed=4 + number, control=controls).images[0])
     plain = pipe(PROMPT, seed=4).images[0]
     assert not np.array_equal(np.asarray(picture(answer.data[0].b64_json)), np.asarray(plain))
 
@@ -98,7 +107,7 @@ def test_a_photo_becomes_the_map_of_its_control(api: OpenAI, pipe: VARControlPip
     control = {"kind": "canny", "image_b64": b64(photo), "preprocess": True}
     answer = api.images.generate(prompt=PROMPT, extra_body={"seed": 2, "controls": [control]})
     assert answer.data is not None
-    assert_same(answer.data[0].b64_json, pipe(PROMPT, seed=2, control={"canny": canny(photo)}).images[0])
+    same(answer.data[0].b64_json, pipe(PROMPT, seed=2, control={"canny": canny(photo)}).images[0])
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
@@ -125,7 +134,7 @@ def test_stream_sends_previews_and_then_the_picture(api: OpenAI, pipe: VARContro
         assert event.type == "image_generation.partial_image" and event.partial_image_index == number
         assert np.array_equal(np.asarray(picture(event.b64_json)), np.asarray(seen[number]))
     assert events[3].type == "image_generation.completed" and events[3].usage.output_tokens == 30
-    assert_same(events[3].b64_json, drawn.images[0])
+    same(events[3].b64_json, drawn.images[0])
 
 
 def test_stream_of_several_pictures_names_each(api: OpenAI, pipe: VARControlPipeline) -> None:
@@ -133,7 +142,7 @@ def test_stream_of_several_pictures_names_each(api: OpenAI, pipe: VARControlPipe
     finished = {event.image_index: event for event in events if event.type == "image_generation.completed"}  # type: ignore[union-attr]
     assert len(events) == 4 and sorted(finished) == [0, 1]
     for number, event in finished.items():
-        assert_same(event.b64_json, pipe(PROMPT, seed=1 + number).images[0])
+        same(event.b64_json, pipe(PROMPT, seed=1 + number).images[0])
 
 
 def test_an_error_after_the_stream_began_is_an_event(url: str) -> None:
@@ -141,6 +150,7 @@ def test_an_error_after_the_stream_began_is_an_event(url: str) -> None:
         list(client(url).images.generate(stream=True, prompt=PROMPT, extra_body={"guidance_layer": 99}))
 
 
+THIN = b64(Image.new("L", (1000, 1), 255))
 WRONG = [
     ({}, "prompt", "Field required"),
     ({"prompt": 3}, "prompt", "valid string"),
@@ -167,6 +177,17 @@ WRONG = [
     ({"controls": [{"kind": "canny", "image_b64": b64(edges()), "scale": [1]}]}, "controls.0.scale", "4 scales"),
     ({"controls": [{"kind": "canny", "image_b64": b64(edges()), "mask_b64": "AAAA"}]}, "controls.0.mask_b64", "PNG"),
     ({"controls": [{"kind": "canny", "image_b64": b64(edges())}] * 9}, "controls", "at most 8"),
+    ({"controls": [{"kind": "canny", "image_b64": THIN, "resize": "pad"}]}, "controls.0.image_b64", "1000x1 does not"),
+    (
+        {"controls": [{"kind": "canny", "image_b64": b64(edges()), "mask_b64": THIN, "resize": "pad"}]},
+        "controls.0.mask_b64",
+        "1000x1 does not go",
+    ),
+    (
+        {"size": "32x32", "controls": [{"kind": "canny", "image_b64": THIN, "preprocess": True}]},
+        "controls.0.image_b64",
+        "32000x32 at a short side of 32, more than 10,000 pixels",
+    ),
 ]
 
 
@@ -186,6 +207,87 @@ def test_a_picture_that_grows_on_decoding_is_refused_by_its_header(url: str) -> 
     status, answer, _ = post(url, {"prompt": PROMPT, "controls": [{"kind": "canny", "image_b64": bomb}]})
     assert (status, answer["error"]["code"]) == (400, "image_too_large")
     assert "8000x8000, more than 10,000 pixels" in answer["error"]["message"]
+
+
+def body(*images: str, **fields: object) -> bytes:
+    controls = [{"kind": "canny", "image_b64": image} for image in images]
+    return json.dumps({"prompt": PROMPT, "controls": controls, **fields}).encode()
+
+
+def test_all_headers_are_read_before_anything_is_decoded(pipe: VARControlPipeline) -> None:
+    reader = Reader(pipe, ServeOptions(max_pixels=10_000), "tiny")
+    damaged, large = b64(edges())[:160], b64(Image.new("1", (8000, 8000)))
+    with pytest.raises(ApiError, match="8000x8000, more than 10,000 pixels") as refused:
+        reader.read(body(damaged, large))
+    assert refused.value.param == "controls.1.image_b64"
+
+
+def test_control_images_are_decoded_one_after_the_other(
+    pipe: VARControlPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[weakref.ref[Image.Image]] = []
+    alive: list[int] = []
+    read_image = reading.read_image
+
+    def watched(*arguments: Any) -> Image.Image:
+        image = read_image(*arguments)
+        decoded.append(weakref.ref(image))
+        alive.append(sum(one() is not None for one in decoded))
+        return image
+
+    monkeypatch.setattr(reading, "read_image", watched)
+    (drawn,) = Reader(pipe, ServeOptions(), "tiny").read(body(*[b64(edges(1, (80, 80)))] * 4)).pictures
+    assert [one.size for one in drawn.maps] == [(32, 32)] * 4
+    assert len(alive) == 4 and max(alive) <= 2
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_size_of_a_turned_photo_is_read_upright(orientation: int) -> None:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (60, 30)).save(file, "JPEG", exif=exif)
+    pipe = tiny_pipeline("canny", schedule={"family": "infinity", "budget": "0.06M"})
+    (drawn,) = Reader(pipe, ServeOptions(), "tiny").read(body(base64.b64encode(file.getvalue()).decode())).pictures
+    plan = drawn.settings.plan
+    assert (plan.height < plan.width) == (orientation == 1) and plan.height != plan.width
+
+
+def test_only_json_is_read(url: str) -> None:
+    """Other types may be sent from a page of any site without asking this server first."""
+    fields = json.dumps({"prompt": PROMPT}).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        status, answer, _ = post(url, fields, content_type=kind)
+        assert (status, answer["error"]["code"]) == (415, "unsupported_media_type")
+    assert post(url, fields, content_type="application/json; charset=utf-8")[0] == 200
+
+
+def test_fields_are_listed_without_a_page_that_loads_scripts(url: str) -> None:
+    listed = json.loads(get(f"{url}/openapi.json")[1])
+    schema = listed["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"prompt", "controls", "guidance_scale"} <= set(schema["properties"])
+    assert get(f"{url}/docs")[0] == get(f"{url}/redoc")[0] == 404
+
+
+def test_clients_see_no_path_of_the_server(pipe: VARControlPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "mine")
+    loaded = VARControlPipeline.from_pretrained(tmp_path / "mine")
+    loaded.set_progress_bar_config(disable=True)
+    settings = read_settings(loaded(PROMPT, seed=1).images[0])
+    assert settings["model"] == str(tmp_path / "mine")
+    with running(loaded) as url:
+        drawn = post(url, {"prompt": PROMPT, "seed": 1})[1]["data"][0]["b64_json"]
+        assert read_settings(picture(drawn)) == {**settings, "model": "mine"}
+        for seen in (get(f"{url}/health")[1], get(f"{url}/v1/models")[1], get(f"{url}/openapi.json")[1]):
+            assert str(tmp_path) not in seen
+        assert json.loads(get(f"{url}/v1/models")[1])["data"][0]["id"] == "mine"
+
+
+def test_public_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "user" / "repo").mkdir(parents=True)
+    assert public_name(f"{tmp_path}/user/repo/") == "repo"
+    assert public_name("someone/else") == "someone/else"
+    monkeypatch.chdir(tmp_path / "user")
+    assert public_name(".") == "user"
 
 
 def test_what_is_no_json_and_what_is_no_route(url: str, api: OpenAI) -> None:

@@ -9,17 +9,39 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_clients import client, get, post
+from serve_clients import client, get, metric, picture, post, until
 from tiny_pipeline import PROMPT, tiny_pipeline
 from typer.testing import CliRunner
 
 from scaleweaver.cli import app
+from scaleweaver.metadata import read_settings
 from scaleweaver.serve.options import ServeOptions
+
+# the network waits with its first step until the file is there
+HELD = """
+import sys, time
+from pathlib import Path
+from torch.nn.modules.module import register_module_forward_pre_hook
+from scaleweaver.backbones.infinity import InfinityTransformer
+from scaleweaver.cli import main
+
+gate = Path(sys.argv.pop(1))
+
+
+def wait(module, arguments):
+    while isinstance(module, InfinityTransformer) and not gate.exists():
+        time.sleep(0.01)
+
+
+register_module_forward_pre_hook(wait)
+main()
+"""
 
 
 def refused(*arguments: str) -> str:
@@ -40,6 +62,8 @@ def test_a_taken_port_is_told_before_the_model_is_looked_for() -> None:
         (("--timeout", "0"), "timeout is 0"),
         (("--queue", "4"), "max_images is 10 but the queue holds 4"),
         (("--api-key", ""), "API key is empty"),
+        (("--rounding", "0"), "rounding is 0.0; pass what benchmarks/serve.py measures"),
+        (("--rounding", "1e-4", "--no-exact"), "exact is off; pass one of the two"),
         (("--host", "not a host"), "pass another --host"),
         (("--max-batch", "0"), "max-batch"),
     ],
@@ -60,41 +84,43 @@ def test_a_key_is_not_shown() -> None:
 
 def test_sigterm_finishes_what_was_accepted_and_refuses_the_rest(tmp_path: Path) -> None:
     tiny_pipeline().save_pretrained(tmp_path / "tiny")
-    options = ["--model", str(tmp_path / "tiny"), "--name", "tiny", "--port", "0", "--max-batch", "1", "--log", "json"]
-    code = "from scaleweaver.cli import main; main()"
+    gate = tmp_path / "go"
+    options = ["--model", str(tmp_path / "tiny"), "--port", "0", "--log", "json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "serve", *options], stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", HELD, str(gate), "serve", *options], stderr=subprocess.PIPE, text=True, env=environment
     )
+    watchdog = threading.Timer(120, process.kill)  # whatever is waited for then ends
+    watchdog.start()
     try:
         assert process.stderr is not None
         url = next(re.findall(r'"url": "(.*?)"', line)[0] for line in process.stderr if '"listening"' in line)
         api = client(url)
 
-        def waiting(seed: int) -> list[int]:
+        def waiting(seed: int) -> list[Any]:
             answer = api.images.generate(prompt=PROMPT, n=8, extra_body={"seed": seed})
-            return [one.seed for one in answer.data or []]  # type: ignore[attr-defined]
+            return answer.data or []
 
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(3) as pool:
             stream = api.images.generate(prompt=PROMPT, n=10, stream=True)
-            assert next(iter(stream)).type == "image_generation.completed"
             accepted = [pool.submit(waiting, 100 * number) for number in range(3)]
-            while json.loads(get(f"{url}/health")[1])["waiting"] < 24:
-                assert process.poll() is None
+            until(lambda: metric(url, "scaleweaver_held_images") == 34)
             process.send_signal(signal.SIGTERM)
-            while get(f"{url}/health")[0] == 200:
-                continue
+            until(lambda: get(f"{url}/health")[0] == 503)
             assert json.loads(get(f"{url}/health")[1])["status"] == "stopping"
             status, answer, _ = post(url, {"prompt": PROMPT})
             assert (status, answer["error"]["code"]) == (503, "shutting_down")
-            assert len(list(stream)) == 9
-            for number, seeds in enumerate(accepted):
-                assert seeds.result() == [100 * number + i for i in range(8)]
+            gate.touch()
+            assert len(list(stream)) == 10
+            for number, images in enumerate(accepted):
+                assert [one.seed for one in images.result()] == [100 * number + i for i in range(8)]
+        assert read_settings(picture(accepted[0].result()[0].b64_json))["model"] == "tiny"
         assert process.wait(timeout=20) == 0
         lines = [json.loads(line) for line in process.stderr]
         assert lines[-1]["message"] == "stopped"
         finished = [line for line in lines if line["message"] == "request" and line["status"] == 200]
         assert len(finished) == 4 and all(line["seconds"] > 0 for line in finished)
     finally:
+        watchdog.cancel()
         process.kill()
         process.wait()

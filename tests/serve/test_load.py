@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import http.client
 import json
-import threading
-import time
-from collections.abc import Callable, Iterator
+import select
+import socket
+import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlparse
 
 import pytest
 from openai import AsyncOpenAI, AuthenticationError
 from PIL import Image
-from serve_clients import assert_same, b64, client, get, metric, post
+from serve_clients import JSON, Hold, assert_same, b64, client, get, head, held, metric, post, until
 from tiny_pipeline import PROMPT, edges, tiny_pipeline
 
+from scaleweaver.controls import Canny
 from scaleweaver.pipeline import VARControlPipeline
 from scaleweaver.request import read_schedule
 from scaleweaver.serve.batching import Batcher
@@ -34,29 +35,6 @@ WORDS = ["red", "green", "small"]
 @pytest.fixture(scope="module")
 def pipe() -> VARControlPipeline:
     return tiny_pipeline("canny")
-
-
-@contextmanager
-def held(pipe: VARControlPipeline) -> Iterator[threading.Event]:
-    """The network waits with its first step until the event is set."""
-    gate = threading.Event()
-
-    def wait(module: Any, arguments: Any) -> None:
-        assert gate.wait(20)
-
-    hook = pipe.transformer.register_forward_pre_hook(wait)
-    try:
-        yield gate
-    finally:
-        gate.set()
-        hook.remove()
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.01)
 
 
 def test_fifty_clients_each_get_their_own_picture(pipe: VARControlPipeline) -> None:
@@ -110,12 +88,10 @@ def test_fifty_clients_each_get_their_own_picture(pipe: VARControlPipeline) -> N
 
 def test_a_full_queue_is_told_before_the_body_is_read(pipe: VARControlPipeline) -> None:
     body = {"prompt": PROMPT}
-    with held(pipe) as gate, running(pipe, ServeOptions(queue=3, max_images=3, max_batch=1)) as url:
+    with held(pipe) as hold, running(pipe, ServeOptions(queue=4, max_images=3, max_batch=1)) as url:
         with ThreadPoolExecutor(4) as pool:
             first = pool.submit(post, url, body)
-            until(
-                lambda: metric(url, "scaleweaver_active_requests") == 1 and metric(url, "scaleweaver_queue_images") == 0
-            )
+            assert hold.begun.wait(10)
             waiting = [pool.submit(post, url, {**body, "n": 2})]
             until(lambda: metric(url, "scaleweaver_queue_images") == 2)
             status, answer, headers = post(url, {**body, "n": 2})
@@ -123,13 +99,14 @@ def test_a_full_queue_is_told_before_the_body_is_read(pipe: VARControlPipeline) 
             waiting.append(pool.submit(post, url, body))
             until(lambda: metric(url, "scaleweaver_queue_images") == 3)
             assert post(url, b"no JSON at all")[0] == 429  # it was not even looked at
-            gate.set()
+            assert metric(url, "scaleweaver_held_images") == 4
+            hold.go.set()
             assert [answer.result()[0] for answer in (first, *waiting)] == [200] * 3
         assert post(url, body)[0] == 200
 
 
 def test_a_late_answer_is_a_timeout_and_its_work_is_dropped(pipe: VARControlPipeline) -> None:
-    with held(pipe) as gate, running(pipe, ServeOptions(timeout=0.3, max_batch=1)) as url:
+    with held(pipe) as hold, running(pipe, ServeOptions(timeout=1.0, max_batch=1)) as url:
         with ThreadPoolExecutor(2) as pool:
             answers = [pool.submit(post, url, {"prompt": PROMPT, "n": 2}) for _ in range(2)]
             for answer in answers:
@@ -137,7 +114,7 @@ def test_a_late_answer_is_a_timeout_and_its_work_is_dropped(pipe: VARControlPipe
                 assert (status, told["error"]["code"], headers["x-should-retry"]) == (504, "timeout", "false")
         assert metric(url, "scaleweaver_images_cancelled_total") == 4
         assert metric(url, "scaleweaver_queue_images") == 0
-        gate.set()
+        hold.go.set()
         until(lambda: post(url, {"prompt": PROMPT})[0] == 200)
         assert metric(url, "scaleweaver_images_total") < 4  # what had not begun was never drawn
 
@@ -145,14 +122,14 @@ def test_a_late_answer_is_a_timeout_and_its_work_is_dropped(pipe: VARControlPipe
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_leaves_the_queue(pipe: VARControlPipeline, stream: bool) -> None:
     body = json.dumps({"prompt": PROMPT, "n": 3, "stream": stream})
-    with held(pipe) as gate, running(pipe, ServeOptions(max_batch=1)) as url:
+    with held(pipe) as hold, running(pipe, ServeOptions(max_batch=1)) as url:
         connection = http.client.HTTPConnection(urlparse(url).netloc)
-        connection.request("POST", "/v1/images/generations", body)
+        connection.request("POST", "/v1/images/generations", body, JSON)
         until(lambda: metric(url, "scaleweaver_queue_images") == 2)
         connection.close()
         until(lambda: metric(url, "scaleweaver_images_cancelled_total") == 3)
         assert metric(url, "scaleweaver_queue_images") == 0
-        gate.set()
+        hold.go.set()
         until(lambda: post(url, {"prompt": PROMPT})[0] == 200)
         assert metric(url, "scaleweaver_images_total") == 1  # the one under way was given up between two scales
 
@@ -163,17 +140,73 @@ def test_large_bodies_are_refused_with_and_without_a_length(pipe: VARControlPipe
         assert (status, answer["error"]["code"]) == (413, "request_too_large")
         connection = http.client.HTTPConnection(urlparse(url).netloc)
         parts = (b"x" * 400 for _ in range(5))
-        connection.request(
-            "POST", "/v1/images/generations", parts, encode_chunked=True, headers={"Transfer-Encoding": "chunked"}
-        )
+        headers = JSON | {"Transfer-Encoding": "chunked"}
+        connection.request("POST", "/v1/images/generations", parts, headers, encode_chunked=True)
         assert connection.getresponse().status == 413
         connection.close()
         assert post(url, {"prompt": PROMPT})[0] == 200
 
 
+def test_many_large_bodies_at_once_are_told_apart_from_a_full_queue(pipe: VARControlPipeline) -> None:
+    with running(pipe, ServeOptions(max_body=1000)) as url:
+        place = urlparse(url)
+        # eight are held, though none is whole; one is too many
+        clients = [socket.create_connection((place.hostname, place.port)) for _ in range(9)]
+        for one in clients:
+            one.sendall(head(1000) + b" " * 900)
+        (refused,) = select.select(clients, [], [], 10)[0]
+        answer = http.client.HTTPResponse(refused)
+        answer.begin()
+        assert (answer.status, json.load(answer)["error"]["code"]) == (429, "bodies_full")
+        for one in clients:
+            one.close()
+        until(lambda: metric(url, "scaleweaver_active_requests") == 0)
+        assert post(url, {"prompt": PROMPT})[0] == 200
+
+
+def test_photos_that_take_long_hold_up_no_other_picture(
+    pipe: VARControlPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, detect = Hold(), Canny.detect
+    monkeypatch.setattr(Canny, "detect", lambda self, pixels: slow.wait() or detect(self, pixels))
+    photo = {"prompt": PROMPT, "controls": [{"kind": "canny", "image_b64": b64(edges()), "preprocess": True}]}
+    with held(pipe) as hold, running(pipe, ServeOptions(timeout=2.0)) as url:
+        with ThreadPoolExecutor(3) as pool:
+            picture = pool.submit(post, url, {"prompt": PROMPT})
+            assert hold.begun.wait(10)
+            photos = [pool.submit(post, url, photo) for _ in range(2)]
+            assert slow.begun.wait(10)
+            until(lambda: metric(url, "scaleweaver_active_requests") == 3)
+            hold.go.set()
+            assert picture.result()[0] == 200
+            # the time of a request runs while it is read, too
+            assert [answer.result()[1]["error"]["code"] for answer in photos] == ["timeout"] * 2
+        slow.go.set()
+
+
+def test_encoded_controls_are_let_go_when_nothing_is_left_to_draw(
+    pipe: VARControlPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scaleweaver.serve.batching.IDLE", 0.05)
+    made: list[weakref.ref[Any]] = []
+    encode = pipe.encode_control
+
+    def remember(*arguments: Any, **options: Any) -> Any:
+        encoded = encode(*arguments, **options)
+        made.append(weakref.ref(encoded))
+        return encoded
+
+    monkeypatch.setattr(pipe, "encode_control", remember)
+    with running(pipe) as url:
+        body = {"prompt": PROMPT, "n": 3, "controls": [{"kind": "canny", "image_b64": b64(edges())}]}
+        assert post(url, body)[0] == 200
+        assert len(made) == 1
+        until(lambda: gc.collect() >= 0 and made[0]() is None)
+
+
 def test_a_key_opens_what_draws_and_lists(pipe: VARControlPipeline) -> None:
-    with running(pipe, ServeOptions(api_key="s3cret")) as url:
-        assert client(url, "s3cret").models.list().data[0].id == "toybox"
+    with running(pipe, ServeOptions(name="tiny", api_key="s3cret")) as url:
+        assert client(url, "s3cret").models.list().data[0].id == "tiny"
         assert client(url, "s3cret").images.generate(prompt=PROMPT).data
         for key in ("wrong", "s3cre", "S3CRET"):
             with pytest.raises(AuthenticationError, match="Authorization: Bearer"):
@@ -199,7 +232,7 @@ def test_batches_take_the_oldest_picture_and_those_like_it(pipe: VARControlPipel
     )  # fmt: skip
     for one in (hot[0], cold[0], hot[1], cold[1], hot[2], hot[3], cold[2], hot[4]):
         batcher.submit([one])
-    batcher.cancel([cold[1]])
+    batcher.release([cold[1]])
     batcher.start()
     batcher.close()
     assert batches == [[(0, 2.0), (1, 2.0), (2, 2.0)], [(0, 0.5), (2, 0.5)], [(3, 2.0), (4, 2.0)]]

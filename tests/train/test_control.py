@@ -42,6 +42,8 @@ def test_control_recipe(results):
     names = {row[1] for row in curve(results / "control")}
     assert {"val_loss_canny", "val_gain_canny", "val_loss_without", "val_f1", "val_f1_2px"} <= names
     assert (results / "control/samples/000002-canny.png").is_file()
+    card = (results / "control/result/canny/README.md").read_text()
+    assert "those of `result`" in card and "base_model" not in card  # a folder, and no Hub id
 
 
 def test_control_recipe_reads_cached_text(results, tmp_path):
