@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json
 import sys
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_stub import installed
+from loops import run_apart
 from PIL import Image
 from tiny_pipeline import PROMPT, edges, tiny_pipeline
 
@@ -31,7 +31,7 @@ def extension() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def nodes(extension: ModuleType) -> dict[str, Any]:
-    found = asyncio.run(_list(extension))
+    found = run_apart(_list(extension))
     return {node.define_schema().node_id: node for node in found}
 
 

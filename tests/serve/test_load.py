@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import pytest
+from loops import run_apart
 from openai import AsyncOpenAI, AuthenticationError
 from PIL import Image
 from serve_clients import JSON, Hold, assert_same, b64, client, get, head, held, metric, post, until
@@ -73,12 +74,9 @@ def test_fifty_clients_each_get_their_own_picture(pipe: VARControlPipeline) -> N
 
     wanted = [expected(number) for number in range(CLIENTS)]
     with running(pipe, ServeOptions(batch_wait=0.05)) as url:
-        # in a thread of its own: a browser that was driven in this process keeps an event loop running in the main one
-        with ThreadPoolExecutor(1) as loop:
-            loop.submit(asyncio.run, all_at_once(url, 20)).result()  # memory that stays is taken now
+        run_apart(all_at_once(url, 20))  # memory that stays is taken now
         before = metric(url, "process_resident_memory_bytes")
-        with ThreadPoolExecutor(1) as loop:
-            answers = loop.submit(asyncio.run, all_at_once(url, CLIENTS)).result()
+        answers = run_apart(all_at_once(url, CLIENTS))
         grown = metric(url, "process_resident_memory_bytes") - before
         calls = metric(url, "scaleweaver_batch_images_count")
         assert metric(url, "scaleweaver_images_total") == 20 + CLIENTS

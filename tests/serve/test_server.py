@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from loops import run_apart
 from serve_clients import get, head, held, post, until
 from tiny_pipeline import PROMPT, tiny_pipeline
 
@@ -134,7 +135,7 @@ def test_a_stream_ends_with_its_time_though_nothing_can_be_sent(pipe: VARControl
         assert service.batcher.held == 0
 
     with drawing(pipe, ServeOptions(timeout=0.2)) as service:
-        asyncio.run(stream(service))
+        run_apart(stream(service))
 
 
 def test_previews_that_nobody_takes_are_left_out(pipe: VARControlPipeline) -> None:
@@ -148,7 +149,7 @@ def test_previews_that_nobody_takes_are_left_out(pipe: VARControlPipeline) -> No
             job.close()
 
     with drawing(pipe, ServeOptions()) as service:
-        events = asyncio.run(late(service))
+        events = run_apart(late(service))
     assert events.count("event: image_generation.completed") == 10
     assert 0 < events.count("event: image_generation.partial_image") <= AHEAD
 
