@@ -307,17 +307,17 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if _is_over(end.code):
+        if (end.code is None or isinstance(end.code, int)) and _is_over():
             os._exit(end.code or 0)
         raise
 
 
-def _is_over(code: Any) -> bool:
+def _is_over() -> bool:
     """Whether the program may stop here and now: Python takes a million objects apart before it stops by itself, which
     lasts longer than to draw some pictures. What was to be done at exit is done then, and all output is written.
     """
     others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
-    if not (code is None or isinstance(code, int)) or not all(thread.daemon for thread in others):
+    if not all(thread.daemon for thread in others):
         return False
     atexit._run_exitfuncs()
     try:
