@@ -31,6 +31,9 @@ from scaleweaver.contracts import TextFeatures
 from scaleweaver.evaluate.plain import PlainInfinity
 from scaleweaver.evaluate.speed import StageTimes, Stopwatch, draw, in_fresh_process, machine, measure, peak_rss
 from scaleweaver.images import read_image
+from scaleweaver.kernels.attention import attend
+from scaleweaver.kernels.interval_attention import attend_ranges
+from scaleweaver.masks import key_ranges
 from scaleweaver.pipeline import VARControlPipeline
 from scaleweaver.schedule import ScaleSchedule, infinity_schedule
 from scaleweaver.tokenizers.bsq import BSQTokenizer
@@ -39,13 +42,26 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
 EDGES = ROOT / "examples" / "canny.png"
 TOYBOX_PROMPT = "a large red rocket on grass at noon"
-HABITS: dict[str, dict[str, bool]] = {
-    "plain eager, float32": {},
-    "+ text keys and values once": {"text_once": True},
-    "+ cache in place, last scale not kept": {"text_once": True, "in_place_cache": True},
+# each row takes one habit more away from the plain baseline
+WITHOUT = {
+    "+ text keys and values once": "text_once",
+    "+ cache in place, last scale not kept": "in_place_cache",
+    "+ queries and keys turned in one copy": "one_rotation",
+    "+ GELU inside the product": "fused_gelu",
+    "+ one logit per bit, drawn without sorting": "one_logit",
 }
+DECODER_WITHOUT = {"+ channels last": "channels_last", "+ smoothed without repeating": "folded_upsampling"}
 PLAIN, OURS, OURS_BF16, OURS_INT8 = "plain eager, float32", "ours, float32", "ours, bfloat16", "ours, int8"
-DECODES = (PLAIN, OURS, OURS_BF16)
+
+
+def _cumulated(steps: dict[str, str]) -> dict[str, dict[str, bool]]:
+    switches = list(steps.values())
+    return {name: dict.fromkeys(switches[: i + 1], True) for i, name in enumerate(steps)}
+
+
+HABITS: dict[str, dict[str, bool]] = {PLAIN: {}, **_cumulated(WITHOUT)}
+DECODER_HABITS: dict[str, dict[str, bool]] = {PLAIN: {}, **_cumulated(DECODER_WITHOUT)}
+DECODES = (*DECODER_HABITS, OURS, OURS_BF16)
 
 Way = Callable[[Stopwatch], Any]
 
@@ -149,13 +165,24 @@ class Case:
         side = self._schedules[None].final_grid
         generator = torch.Generator().manual_seed(3)
         latent = torch.randn(1, pipe.vae.target.bits, *side, generator=generator)
-        if way == PLAIN:
-            plain = PlainInfinity(pipe.transformer, pipe.vae)
+        if way in DECODER_HABITS:
+            plain = PlainInfinity(pipe.transformer, pipe.vae, **DECODER_HABITS[way])
             return lambda watch: plain.decode(latent)
 
         def run(watch: Stopwatch) -> None:
             with torch.inference_mode():
                 pipe.vae.decode(latent)
+
+        return run
+
+    def guidance(self, way: str, apart: bool) -> Way:
+        """Both guidance branches in one batch; `apart`: a run for each, of one row."""
+        pipe, schedule = self.pipe(way), self._schedules[None]
+        runs, scale = (2, 1.0) if apart else (1, None)
+
+        def run(watch: Stopwatch) -> None:
+            for _ in range(runs):
+                pipe(prompt_embeds=self.text, schedule=schedule, seed=7, guidance_scale=scale, output_type="latent")
 
         return run
 
@@ -175,6 +202,25 @@ class Case:
 def generation_ways() -> list[str]:
     """int8 where the library that computes in it is there."""
     return [*HABITS, OURS, OURS_BF16, *([OURS_INT8] if find_spec("torchao") else [])]
+
+
+def attention(dtype: torch.dtype) -> dict[str, Way]:
+    """As in training and in encoding a control: the queries of all scales, hidden keys masked or never computed."""
+    schedule = infinity_schedule("1.0", "0.06M")
+    ranges, tokens = key_ranges(schedule.steps, "block_causal"), schedule.length
+    made = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, 8, tokens, 64, generator=made).to(dtype) for _ in range(3))
+    mask = ranges.dense(tokens, q.device)
+
+    @torch.inference_mode()
+    def masked(watch: Stopwatch) -> None:
+        attend(q, k, v, mask=mask)
+
+    @torch.inference_mode()
+    def sliced(watch: Stopwatch) -> None:
+        attend_ranges(q, k, v, ranges)
+
+    return {"one call, with a mask": masked, "a call for each scale": sliced}
 
 
 def with_threads(count: int, way: Way) -> Way:
@@ -238,7 +284,15 @@ def compare_models(bench: Bench, quick: bool, threads: int) -> None:
                 },
                 20, 20,
             )  # fmt: skip
-            large = {way: case.generation(way, 512) for way in (*HABITS, OURS, OURS_BF16)}
+            rows = {
+                "a run for each branch": case.guidance(OURS_BF16, apart=True),
+                "one batch": case.guidance(OURS_BF16, apart=False),
+            }
+            bench.compare(model, "guidance branches, ours, bfloat16", rows, 12, 15)
+            for dtype in (torch.float32, torch.bfloat16):
+                name = str(dtype).removeprefix("torch.")
+                bench.compare(model, f"attention of all scales at once, {name}", attention(dtype), 6, 10)
+            large = {way: case.generation(way, 512) for way in (PLAIN, OURS, OURS_BF16)}
             bench.compare(model, "generation, 512x512", large, 20, 60)
         for controlled in (False, True) if small else (False,):
             if bench.short(f"{model}: stages", 15):

@@ -33,6 +33,7 @@ ORDER = [
     ["scaleweaver.styles"],
     ["scaleweaver.conditions", "scaleweaver.loop", "scaleweaver.control_images", "scaleweaver.request"],
     ["scaleweaver.control_maps"],
+    ["scaleweaver.graph_buffers"],
     ["scaleweaver.graphs", "scaleweaver.evaluate.memory"],
     ["scaleweaver.work"],
     ["scaleweaver.dry_run"],

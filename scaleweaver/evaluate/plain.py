@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from scaleweaver.backbones.infinity import InfinityTransformer
-from scaleweaver.backbones.layers import Block
+from scaleweaver.backbones.layers import Block, SelfAttention
 from scaleweaver.cache import KVCache
 from scaleweaver.contracts import TextFeatures
 from scaleweaver.guidance import per_scale
+from scaleweaver.kernels.bit_sampling import sample_bits
+from scaleweaver.kernels.qkv_rope import Rope, qkv_rope
 from scaleweaver.sampling import exponential
 from scaleweaver.schedule import ScaleSchedule, ScaleStep
-from scaleweaver.tokenizers.autoencoder import Level, ResidualBlock
+from scaleweaver.tokenizers.autoencoder import Level, ResidualBlock, Upsample
 from scaleweaver.tokenizers.bsq import BSQTokenizer
 
 Pair = tuple[Tensor, Tensor]
@@ -37,8 +39,11 @@ class PlainInfinity:
     """Pictures from text features, the plain way.
 
     Each switch takes one habit away, to see what that alone is worth: `text_once` keeps keys and values of the prompt,
-    `in_place_cache` uses the product's cache, which joins nothing and keeps nothing of the last scale. `autocast` is
-    the format that the original multiplies in on a GPU, bfloat16; None computes in that of the weights.
+    `in_place_cache` uses the product's cache, which joins nothing but at the last scale and keeps nothing of that one,
+    `one_rotation` turns queries and keys together in one float32 copy, `fused_gelu` applies it inside the product,
+    `one_logit` has one logit for each bit and draws without sorting. Of the decoder, `channels_last` lays tensors out
+    pixel by pixel and `folded_upsampling` smooths without repeating pixels first. `autocast` is the format that the
+    original multiplies in on a GPU, bfloat16; None computes in that of the weights.
     """
 
     def __init__(
@@ -48,15 +53,24 @@ class PlainInfinity:
         *,
         text_once: bool = False,
         in_place_cache: bool = False,
+        one_rotation: bool = False,
+        fused_gelu: bool = False,
+        one_logit: bool = False,
+        channels_last: bool = False,
+        folded_upsampling: bool = False,
         autocast: torch.dtype | None = None,
     ) -> None:
         self.transformer, self.vae = transformer, vae
-        self.text_once, self.in_place_cache, self.autocast = text_once, in_place_cache, autocast
+        self.text_once, self.in_place_cache, self.one_rotation = text_once, in_place_cache, one_rotation
+        self.fused_gelu, self.one_logit = fused_gelu, one_logit
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.folded_upsampling = folded_upsampling
+        self.autocast = autocast
         self.heads: int = transformer.config["heads"]
         self.eps: float = transformer.config["norm_eps"]
         # a weight that lies channels-last would draw the whole convolution there
         layers = (m for m in vae.decoder.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d))
-        self._kernels = {layer: layer.weight.detach().contiguous() for layer in layers}
+        self._kernels = {layer: layer.weight.detach().contiguous(memory_format=self.layout) for layer in layers}
 
     @torch.inference_mode()
     def generate(
@@ -76,7 +90,7 @@ class PlainInfinity:
         """The latent (B, d, Hl, Wl) of `images` pictures per prompt, one generator each.
 
         forced: bits (B, n, N) in place of the drawn ones at leading scales. on_scale(step, logits, latent) is called
-        after every scale with the guided logits (B, L, N, 2) of both values of each bit.
+        after every scale with the guided logits (B, L, N, 2) of both values of each bit, (B, L, N) with `one_logit`.
         """
         weights = per_scale(guidance_scale, len(schedule), "guidance_scale")
         temperatures = per_scale(temperature, len(schedule), "temperature")
@@ -94,11 +108,12 @@ class PlainInfinity:
                 x = self._embed(latent, pooled, step, branches)  # (R, L, C)
                 for layer, block in enumerate(self.transformer.blocks):
                     x = self._block(block, layer, x, shared, step, run)
-                logits = self._head(x, pooled) / temperatures[step.index]  # (R, L, N, 2)
+                logits = self._head(x, pooled) / temperatures[step.index]  # (R, L, N, 2), or (R, L, N)
                 conditional = logits[:count]
                 if weights[step.index] != 1:
                     conditional = weights[step.index] * conditional + (1 - weights[step.index]) * logits[count:]
-                bits = _sample(conditional, top_k, top_p, generators)  # (B, L, N)
+                draw = _draw if self.one_logit else _sample
+                bits = draw(conditional, top_k, top_p, generators)  # (B, L, N)
                 if step.index < len(forced):
                     bits = forced[step.index].to(bits)
                 latent = latent + self._lifted(bits, latent, step)
@@ -111,7 +126,7 @@ class PlainInfinity:
         """Latents (B, d, Hl, Wl) -> pictures (B, 3, H, W) in [0, 1], all at once."""
         decoder = self.vae.decoder
         with self._autocast(latent.device):
-            latent = latent.to(self.vae.dtype).contiguous()
+            latent = latent.to(self.vae.dtype).contiguous(memory_format=self.layout)
             x = self._conv(decoder.conv_in, latent)
             x = self._residual(decoder.mid.block_2, self._residual(decoder.mid.block_1, x))
             for level in reversed(decoder.up):
@@ -119,7 +134,7 @@ class PlainInfinity:
                 for block in level.block:
                     x = self._residual(block, x)
                 if level.upsample is not None:
-                    x = self._conv(level.upsample.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+                    x = self._upsample(level.upsample, x)
             pictures = F.pixel_shuffle(self._conv(decoder.conv_out, _swish(decoder.norm_out(x))), decoder.fold)
             if decoder.shortcut is not None:
                 layer = decoder.shortcut
@@ -173,9 +188,11 @@ class PlainInfinity:
         x = x + self._cross_attention(block, layer, y, run).float()
         y = self._norm(x) * (1 + scale2) + shift2
         ffn = block.ffn
-        hidden = F.gelu(ffn.fc1(y.to(ffn.fc1.weight.dtype)), approximate="tanh")  # (R, L, 4C)
-        x = x + gamma2 * ffn.fc2(hidden)
-        return x
+        if self.fused_gelu:
+            branch: Tensor = ffn(y)
+        else:
+            branch = ffn.fc2(F.gelu(ffn.fc1(y.to(ffn.fc1.weight.dtype)), approximate="tanh"))
+        return x + gamma2 * branch
 
     def _norm(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
@@ -183,16 +200,14 @@ class PlainInfinity:
     def _self_attention(self, block: Block, layer: int, y: Tensor, step: ScaleStep, run: _Run) -> Tensor:
         attn = block.attn
         qkv = attn.qkv(y.to(attn.qkv.weight.dtype))  # (R, L, 3C)
-        bias = torch.cat((attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias))
-        q, k, v = (qkv + bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (R, H, L, D)
-        v = v.to(qkv.dtype)
-        length = attn.log_scale.float().clamp(max=math.log(100)).exp()[:, None, None]  # (H, 1, 1)
-        q = F.normalize(q.float(), dim=-1) * length
-        k = F.normalize(k.float(), dim=-1)
-        q, k = _rotate(torch.stack((q, k)), *self.transformer.rope((step,)))  # (R, H, L, D) float32
-        if self.in_place_cache:
-            room = run.cache.room(layer, (step,), qkv, self.heads)
+        rope = self.transformer.rope((step,))
+        room = run.cache.room(layer, (step,), qkv, self.heads) if self.in_place_cache else None
+        if self.one_rotation:
+            q, k, v = qkv_rope(qkv, attn.q_bias, attn.v_bias, attn.log_scale, rope, into=room)  # (R, H, L, D)
+        else:
+            q, k, v = self._turned(qkv, attn, rope)  # (R, H, L, D), queries and keys float32
             k, v = (k, v) if room is None else (room[0].copy_(k), room[1].copy_(v))
+        if self.in_place_cache:
             o, _ = run.cache.attend(layer, (step,), q, k, v)  # (R, H, L, D)
         else:
             if layer in run.history:
@@ -202,6 +217,15 @@ class PlainInfinity:
             o = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, scale=1.0)  # (R, H, L, D)
         out: Tensor = attn.proj(o.transpose(1, 2).flatten(2))  # (R, L, C)
         return out
+
+    def _turned(self, qkv: Tensor, attn: SelfAttention, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        bias = torch.cat((attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias))
+        q, k, v = (qkv + bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (R, H, L, D)
+        length = attn.log_scale.float().clamp(max=math.log(100)).exp()[:, None, None]  # (H, 1, 1)
+        q = F.normalize(q.float(), dim=-1) * length
+        k = F.normalize(k.float(), dim=-1)
+        q, k = _rotate(torch.stack((q, k)), *rope)  # (R, H, L, D) float32
+        return q, k, v.to(qkv.dtype)
 
     def _cross_attention(self, block: Block, layer: int, y: Tensor, run: _Run) -> Tensor:
         cross = block.cross
@@ -220,7 +244,12 @@ class PlainInfinity:
     def _head(self, x: Tensor, pooled: Tensor) -> Tensor:
         model = self.transformer
         scale, shift = self._exact(model.head_modulation, F.silu(pooled))[:, None].chunk(2, dim=-1)  # (R, 1, C)
-        logits = self._exact(model.head, self._norm(x) * (1 + scale) + shift)  # (R, L, 2N)
+        y = self._norm(x) * (1 + scale) + shift  # (R, L, C)
+        if self.one_logit:
+            weight, bias = (p[1::2] - p[0::2] for p in (model.head.weight, model.head.bias))
+            with torch.autocast(x.device.type, enabled=False):
+                return F.linear(y.to(weight.dtype), weight, bias).float()  # (R, L, N)
+        logits = self._exact(model.head, y)  # (R, L, 2N)
         return logits.view(*logits.shape[:2], -1, 2)  # (R, L, N, 2)
 
     def _exact(self, layer: nn.Linear, x: Tensor) -> Tensor:
@@ -237,6 +266,12 @@ class PlainInfinity:
 
     def _conv(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
         return F.conv2d(x, self._kernels[layer], layer.bias, layer.stride, layer.padding)
+
+    def _upsample(self, layer: Upsample, x: Tensor) -> Tensor:
+        if self.folded_upsampling:
+            done: Tensor = layer(x)
+            return done
+        return self._conv(layer.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
     def _residual(self, block: Any, x: Tensor) -> Tensor:
         assert isinstance(block, ResidualBlock)
@@ -275,6 +310,12 @@ def _sample(logits: Tensor, top_k: int, top_p: float, generators: Sequence[torch
     p = logits.softmax(-1)
     # what torch.multinomial computes, with the noise of each picture from its own generator
     return (p / exponential(p.shape, generators, p.device)).argmax(-1)
+
+
+def _draw(logits: Tensor, top_k: int, top_p: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """Log-odds (B, L, N), divided by the temperature -> bits (B, L, N), as the product draws them."""
+    noise = None if top_k == 1 else exponential((*logits.shape, 2), generators, logits.device)
+    return sample_bits(logits, noise, top_p=top_p)
 
 
 def _padded(packed: Tensor, lengths: Sequence[int], heads: int) -> Tensor:

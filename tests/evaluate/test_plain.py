@@ -16,7 +16,8 @@ from scaleweaver.pipeline import VARControlPipeline
 from scaleweaver.sampling import BitwiseSampler
 from scaleweaver.schedule import ScaleSchedule, ScaleStep
 
-HABITS = [{}, {"text_once": True}, {"in_place_cache": True}, {"text_once": True, "in_place_cache": True}]
+ALL = ("text_once", "in_place_cache", "one_rotation", "fused_gelu", "one_logit", "channels_last", "folded_upsampling")
+HABITS: list[dict[str, bool]] = [{}, *({name: True} for name in ALL), dict.fromkeys(ALL, True)]
 
 
 class Listening(BitwiseSampler):
@@ -52,7 +53,8 @@ def compare(
     apart: list[float] = []
 
     def after(step: ScaleStep, logits: Tensor, latent: Tensor) -> None:
-        apart.append(float((logits[..., 1] - logits[..., 0] - heard[step.index]).abs().max()))
+        odds = logits if plain.one_logit else logits[..., 1] - logits[..., 0]  # (B, L, N)
+        apart.append(float((odds - heard[step.index]).abs().max()))
 
     call = {**numbers, "images": images}
     count = images * len(text)
