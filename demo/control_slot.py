@@ -17,6 +17,7 @@ from scaleweaver.demo.encoded import MAX_POSE, data_url
 from scaleweaver.demo.errors import told
 from scaleweaver.demo.scenes import COUNT, Scene, find_scene, render_scene
 from scaleweaver.demo.studio import Studio
+from scaleweaver.demo.widgets.picture import Picture
 from scaleweaver.demo.widgets.skeleton import skeleton, skeleton_properties
 from scaleweaver.demo.widgets.sketch import mode_of, pad_properties, read_sketch, sketch_pad
 from scaleweaver.images import fit
@@ -88,7 +89,7 @@ class ControlSlot:
                                 load = gr.UploadButton("Load JSON", file_types=[".json"], size="sm", min_width=90)
                                 find = gr.Button("Find in the photo", size="sm", min_width=90)
                         with gr.Tab("Scene", id="scene") as scene_tab:
-                            self.scene_picture = gr.Image(
+                            self.scene_picture = Picture(
                                 show_label=False, interactive=False, height=210, buttons=[], elem_classes="sw-map"
                             )
                             another = gr.Button("Surprise me", size="sm")
@@ -98,7 +99,7 @@ class ControlSlot:
                                 height=250,
                             )  # fmt: skip
                     with gr.Column(min_width=180, elem_classes="sw-read"):
-                        self.map = gr.Image(
+                        self.map = Picture(
                             value=start, type="filepath", image_mode=None, format="png", interactive=False,
                             label="What the model reads", elem_classes="sw-map", height=300,
                             buttons=["download", "fullscreen"],

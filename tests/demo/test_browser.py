@@ -20,7 +20,7 @@ from scaleweaver.demo.studio import Studio
 from scaleweaver.metadata import read_settings
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "demo" / "examples"
-SECONDS = 20_000  # milliseconds that anything may take on a busy machine
+SECONDS = 60_000  # milliseconds that anything may take on a busy machine
 PICTURE, FACTS = "#pictures img", "#facts dd:has-text('MiB')"
 
 
