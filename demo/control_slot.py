@@ -15,9 +15,9 @@ from PIL import Image
 from scaleweaver.contracts import Control
 from scaleweaver.demo.encoded import MAX_POSE, data_url
 from scaleweaver.demo.errors import told
+from scaleweaver.demo.kept import in_files, kept
 from scaleweaver.demo.scenes import COUNT, Scene, find_scene, render_scene
 from scaleweaver.demo.studio import Studio
-from scaleweaver.demo.widgets.picture import Picture
 from scaleweaver.demo.widgets.skeleton import skeleton, skeleton_properties
 from scaleweaver.demo.widgets.sketch import mode_of, pad_properties, read_sketch, sketch_pad
 from scaleweaver.images import fit
@@ -89,7 +89,7 @@ class ControlSlot:
                                 load = gr.UploadButton("Load JSON", file_types=[".json"], size="sm", min_width=90)
                                 find = gr.Button("Find in the photo", size="sm", min_width=90)
                         with gr.Tab("Scene", id="scene") as scene_tab:
-                            self.scene_picture = Picture(
+                            self.scene_picture = gr.Image(
                                 show_label=False, interactive=False, height=210, buttons=[], elem_classes="sw-map"
                             )
                             another = gr.Button("Surprise me", size="sm")
@@ -99,8 +99,8 @@ class ControlSlot:
                                 height=250,
                             )  # fmt: skip
                     with gr.Column(min_width=180, elem_classes="sw-read"):
-                        self.map = Picture(
-                            value=start, type="filepath", image_mode=None, format="png", interactive=False,
+                        self.map = gr.Image(
+                            value=kept(start), type="filepath", image_mode=None, format="png", interactive=False,
                             label="What the model reads", elem_classes="sw-map", height=300,
                             buttons=["download", "fullscreen"],
                         )  # fmt: skip
@@ -120,7 +120,9 @@ class ControlSlot:
         }  # fmt: skip
         self._wire(tabs, load, find)
         surprised = self.scene_outputs(prompt)
-        another.click(told(self.surprise), [self.kind, self.size], surprised, show_progress_on=self.map, **MAPS)
+        another.click(
+            in_files(told(self.surprise)), [self.kind, self.size], surprised, show_progress_on=self.map, **MAPS
+        )
 
     @property
     def inputs(self) -> list[Any]:
@@ -152,22 +154,25 @@ class ControlSlot:
     def _wire(self, tabs: dict[str, Any], load: Any, find: Any) -> None:
         given = [self.size, self.photo, self.sketch, self.skeleton, self.ready, self.scene]
         for source, tab in tabs.items():
-            tab.select(self._from(source), [self.kind, *given], self.outputs, show_progress="hidden", **MAPS)
-        # an error covers what shows the progress: the map, not the way to another one
-        shown = {"show_progress_on": self.map, **MAPS}
+            tab.select(in_files(self._from(source)), [self.kind, *given], self.outputs, show_progress="hidden", **MAPS)
+        # an error covers what shows the progress: the map, not the way to another one; what comes while a map is being
+        # made, as a photo just after another was taken away, is not dropped
+        shown = {"show_progress_on": self.map, "trigger_mode": "always_last", **MAPS}
         uploads = {"photo": self.photo, "ready": self.ready}
         for source, picture in uploads.items():
-            picture.input(self._from(source), [self.kind, *given], self.outputs, **shown)
+            picture.input(in_files(self._from(source)), [self.kind, *given], self.outputs, **shown)
         quiet = {"show_progress": "hidden", "trigger_mode": "always_last", **MAPS}
         widgets = {"sketch": self.sketch, "skeleton": self.skeleton}
         for source, widget in widgets.items():
-            widget.input(self._from(source), [self.kind, *given], self.outputs, **quiet)
-        self.kind.input(told(self._changed_kind), [self.kind, self.source, *given], [*self.outputs, self.tabs], **shown)
+            widget.input(in_files(self._from(source)), [self.kind, *given], self.outputs, **quiet)
+        self.kind.input(
+            in_files(told(self._changed_kind)), [self.kind, self.source, *given], [*self.outputs, self.tabs], **shown
+        )
         skeletons = [*self.outputs, self.skeleton]
-        find.click(told(self._find), [self.kind, self.size, self.photo], skeletons, **shown)
-        load.upload(told(self._load), [self.kind, self.size, load], skeletons, **shown)
+        find.click(in_files(told(self._find)), [self.kind, self.size, self.photo], skeletons, **shown)
+        load.upload(in_files(told(self._load)), [self.kind, self.size, load], skeletons, **shown)
         if len(self.studio.sizes) > 1 and isinstance(self.size, gr.Dropdown):
-            self.size.input(told(self._changed_size), [self.kind, self.source, *given], skeletons, **shown)
+            self.size.input(in_files(told(self._changed_size)), [self.kind, self.source, *given], skeletons, **shown)
 
     def _from(self, source: str) -> Any:
         """The handler for a source that was just used."""

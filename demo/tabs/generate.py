@@ -13,6 +13,7 @@ import gradio as gr
 from scaleweaver.demo.control_slot import MAPS, ControlSlot, examples, read_controls
 from scaleweaver.demo.drawing import Drawn, Moment, Wish
 from scaleweaver.demo.errors import told
+from scaleweaver.demo.kept import in_files
 from scaleweaver.demo.knobs import Knobs, read_seed, size_choice
 from scaleweaver.demo.strip import facts, progress, strip
 from scaleweaver.demo.studio import Studio
@@ -79,7 +80,7 @@ def build(studio: Studio) -> None:
         first_slot = slots[0]
         outputs = first_slot.scene_outputs(prompt)
         given = [first_slot.kind, size]
-        surprise.click(told(first_slot.surprise), given, outputs, show_progress_on=first_slot.map, **MAPS)
+        surprise.click(in_files(told(first_slot.surprise)), given, outputs, show_progress_on=first_slot.map, **MAPS)
     if shown:
 
         def load(chosen: str, event: gr.SelectData) -> tuple[Any, ...]:
@@ -87,7 +88,7 @@ def build(studio: Studio) -> None:
             return (*slots[0].load_example(example, chosen), example.prompt)
 
         cards.select(
-            told(load),
+            in_files(told(load)),
             size,
             [*slots[0].outputs, slots[0].tabs, slots[0].photo, prompt],
             show_progress_on=slots[0].map,

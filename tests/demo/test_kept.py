@@ -10,8 +10,8 @@ from PIL import Image
 
 pytest.importorskip("gradio")
 
-from scaleweaver.demo.widgets import picture as widget
-from scaleweaver.demo.widgets.picture import Picture, kept
+from scaleweaver.demo import kept as module
+from scaleweaver.demo.kept import in_files, kept
 
 
 def noise(seed: int) -> Image.Image:
@@ -20,6 +20,7 @@ def noise(seed: int) -> Image.Image:
 
 def test_equal_pictures_share_a_file_that_is_written_once(tmp_path: Path) -> None:
     first = kept(noise(0), tmp_path)
+    assert first is not None and kept(None, tmp_path) is None
     before = Path(first).stat().st_ino
     assert kept(noise(0), tmp_path) == first != kept(noise(1), tmp_path)
     assert Path(first).stat().st_ino == before
@@ -29,13 +30,19 @@ def test_equal_pictures_share_a_file_that_is_written_once(tmp_path: Path) -> Non
 
 def test_a_file_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    replace = widget.os.replace
+    replace = module.os.replace
 
     def look_first(draft: str, path: Path) -> None:
         seen.append(Path(path).is_file())
         replace(draft, path)
 
-    monkeypatch.setattr(widget.os, "replace", look_first)
-    shown = Picture().postprocess(noise(2))
-    assert shown is not None and Path(shown.path).name == "picture.png"
+    monkeypatch.setattr(module.os, "replace", look_first)
+    assert Path(kept(noise(2), tmp_path) or "").name == "picture.png"
     assert seen == [False]  # all was written before its name was there
+
+
+def test_handlers_return_files_in_place_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "get_upload_folder", lambda: str(tmp_path))
+    path, words, nothing = in_files(lambda number: (noise(number), "words", None))(3)
+    assert (words, nothing) == ("words", None)
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(noise(3)))
